@@ -428,6 +428,152 @@ class SimCLR(Method):
         return info_nce(z1, z2, self.temperature), [(z1, z2)]
 
 
+class NNCLR(Method):
+    """Dwibedi et al. 2021: the anchor is the nearest neighbour, in a queue of past embeddings, of the other view."""
+    alpha = 1.0
+
+    def __init__(self, backbone, width, *, hidden=2048, dim=256, predictor=4096, queue=98304, norm=nn.BatchNorm1d,
+                 temperature=0.1):
+        super().__init__(backbone)
+        self.projector = mlp(width, hidden, hidden, dim, norm=norm, last_norm=True)
+        self.predictor = mlp(dim, predictor, dim, norm=norm)
+        self.register_buffer("queue", F.normalize(torch.randn(queue, dim)))
+        self.register_buffer("head", torch.zeros((), dtype=torch.long))       # where the next embeddings go
+        self.temperature, self.latest = temperature, None
+
+    def forward(self, x1, x2):
+        z = self.projector(self.features(x1, x2))
+        return *self.predictor(z).chunk(2), *z.detach().chunk(2)
+
+    def nearest(self, z):
+        return self.queue.index_select(0, (F.normalize(z) @ self.queue.T).argmax(1))
+
+    def loss(self, p1, p2, z1, z2):
+        self.latest = z1
+        pairs = [(self.nearest(z1), p2), (self.nearest(z2), p1)]
+        return sum(cross_entropy_of_pairs(nn_, p, self.temperature) for nn_, p in pairs) / 2, pairs
+
+    @torch.no_grad()
+    def after_step(self, step):
+        """Pushes the last loss's embeddings of all ranks, so that the queue is the same everywhere."""
+        z = F.normalize(gather(self.latest)).to(self.queue.dtype)[-len(self.queue):]
+        slots = (self.head + torch.arange(len(z), device=z.device)) % len(self.queue)
+        self.queue.index_copy_(0, slots, z)
+        self.head.copy_((self.head + len(z)) % len(self.queue))
+
+
+def cross_entropy_of_pairs(a, b, temperature):
+    """InfoNCE with the negatives of the other view alone: a_i against every rank's b_j."""
+    logits = F.normalize(a) @ F.normalize(gather(b)).T / temperature                            # (N / world, N)
+    return F.cross_entropy(logits, rank() * len(a) + torch.arange(len(a), device=a.device))
+
+
+class Momentum(Method):
+    """Shared by MoCo v3 and BYOL: a target that follows the online network, its momentum rising to 1 by a cosine."""
+
+    def __init__(self, backbone, projector, predictor, ema):
+        super().__init__(backbone)
+        self.projector, self.predictor, self.ema = projector, predictor, ema
+        self.target = copy.deepcopy(nn.Sequential(backbone, projector)).requires_grad_(False)
+
+    def forward(self, x1, x2):
+        z = self.projector(self.features(x1, x2))
+        with torch.no_grad():
+            target = self.target(torch.cat([x1, x2]))
+        return *self.predictor(z).chunk(2), *z.chunk(2), *target.chunk(2)
+
+    @torch.no_grad()
+    def after_step(self, step):
+        momentum = 1 - (1 - self.ema) * (math.cos(math.pi * step) + 1) / 2
+        online = nn.Sequential(self.backbone, self.projector)
+        torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
+        for mine, other in zip(self.target.buffers(), online.buffers(), strict=True):
+            mine.copy_(other)                                                 # so that the target can be evaluated
+
+
+class MoCoV3(Momentum):
+    """Chen et al. 2021. HEX on it is our extension."""
+    alpha = 1.0
+
+    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99, norm=nn.BatchNorm1d,
+                 temperature=1.0):
+        super().__init__(backbone, mlp(width, hidden, dim, norm=norm, last_norm=True),
+                         mlp(dim, predictor, dim, norm=norm, last_norm=True), ema)
+        self.temperature = temperature
+
+    def loss(self, q1, q2, z1, z2, k1, k2):
+        pairs = [(q1, k2), (q2, k1)]
+        return sum(2 * self.temperature * cross_entropy_of_pairs(q, k, self.temperature) for q, k in pairs), pairs
+
+
+class BYOL(Momentum):
+    """Grill et al. 2020. HEX on it, between the online projections, is our extension."""
+
+    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99, norm=nn.BatchNorm1d):
+        super().__init__(backbone, mlp(width, hidden, dim, norm=norm), mlp(dim, predictor, dim, norm=norm), ema)
+
+    def loss(self, p1, p2, z1, z2, t1, t2):
+        own = 4 - 2 * F.cosine_similarity(p1, t2).mean() - 2 * F.cosine_similarity(p2, t1).mean()
+        return own, [(z1, z2)]
+
+
+class SimSiam(Method):
+    """Chen and He 2021. HEX on it, between the projections, is our extension."""
+
+    def __init__(self, backbone, width, *, hidden=2048, dim=2048, predictor=512, norm=nn.BatchNorm1d):
+        super().__init__(backbone)
+        self.projector = mlp(width, hidden, hidden, dim, norm=norm, last_norm=True)
+        self.predictor = mlp(dim, predictor, dim, norm=norm)
+
+    def forward(self, x1, x2):
+        z = self.projector(self.features(x1, x2))
+        return *self.predictor(z).chunk(2), *z.chunk(2)
+
+    def loss(self, p1, p2, z1, z2):
+        own = -(F.cosine_similarity(p1, z2.detach()).mean() + F.cosine_similarity(p2, z1.detach()).mean()) / 2
+        return own, [(z1, z2)]
+
+
+class BarlowTwins(Method):
+    """Zbontar et al. 2021: the cross-correlation of the views, over all ranks, is the identity.
+
+    lambda_ and factor as in the code the authors of HEX built on (lambda 0.0051, loss times 0.024).
+    """
+    lambda_, factor = 0.0051, 0.024
+
+    def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
+        super().__init__(backbone)
+        self.projector = mlp(width, hidden, hidden, dim, norm=norm)
+
+    def forward(self, x1, x2):
+        return self.projector(self.features(x1, x2)).chunk(2)
+
+    def loss(self, z1, z2):
+        a, b = (F.batch_norm(gather(z), None, None, training=True) for z in (z1, z2))           # (N, dim)
+        c = a.T @ b / len(a)                                                                    # (dim, dim)
+        on_diagonal = (c.diagonal() - 1).square().sum()
+        off_diagonal = c.square().sum() - c.diagonal().square().sum()
+        return self.factor * (on_diagonal + self.lambda_ * off_diagonal), [(z1, z2)]
+
+
+class VICReg(Method):
+    """Bardes et al. 2022: invariance, variance and covariance; the last two over all ranks."""
+    scale = 5.0
+
+    def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
+        super().__init__(backbone)
+        self.projector = mlp(width, hidden, hidden, dim, norm=norm)
+
+    forward = BarlowTwins.forward
+
+    def loss(self, z1, z2):
+        a, b = gather(z1), gather(z2)
+        invariance = F.mse_loss(a, b)
+        variance = sum(F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() for z in (a, b))
+        covariance = sum((z.T.cov().square().sum() - z.var(0).square().sum()) / z.shape[1] for z in (a, b))
+        return 25 * invariance + 25 * variance + covariance, [(z1, z2)]
+
+
 class HEX(nn.Module):
     """The wrapper: loss = (1 - alpha) own + alpha scale mean over pairs of F(a, b), F one of LOSSES.
 
@@ -476,4 +622,378 @@ class HEX(nn.Module):
         getattr(self.method, "after_step", lambda step: None)(step)
 
 
-METHODS = {"simclr": SimCLR}
+METHODS = {"simclr": SimCLR, "nnclr": NNCLR, "mocov3": MoCoV3, "byol": BYOL, "simsiam": SimSiam, "barlow": BarlowTwins,
+           "vicreg": VICReg}
+
+
+class NarrowResNet(torchvision.models.ResNet):
+    """ResNet-10 with `width` channels where ResNets have 64: a backbone for a CPU."""
+
+    def __init__(self, width=16, norm_layer=nn.BatchNorm2d):
+        self.share = 64 // width
+        super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm_layer(width)
+        self.fc = nn.Linear(8 * width, 1000)
+
+    def _make_layer(self, block, planes, *arguments, **named):
+        self.inplanes = self.inplanes if planes > 64 else 64 // self.share
+        return super()._make_layer(block, planes // self.share, *arguments, **named)
+
+
+def build_backbone(name, size=224, norm="batch"):
+    """A torchvision classification model by name, its last Linear an Identity: (module, its number of features).
+
+    ResNets get a 3x3 stem without max-pool for views of 64 pixels or less. UserError: unknown or unusable.
+    """
+    models = torchvision.models.list_models(module=torchvision.models)
+    named = {"resnet10_narrow": NarrowResNet} | {m: torchvision.models.get_model_builder(m) for m in models}
+    if name not in named:
+        near = difflib.get_close_matches(name, named, 4, 0.4)
+        raise UserError(f"--backbone {name}: unknown; near matches: {', '.join(near) or 'resnet18, resnet50'}", 2)
+    accepted, kind = inspect.signature(named[name]).parameters, {}
+    resnet = "norm_layer" in accepted or named[name].__module__.endswith("resnet")
+    if norm == "group":
+        if not resnet:
+            raise UserError(f"--norm group: only ResNets take it, not {name}; use --norm batch or a ResNet", 2)
+        kind["norm_layer"] = group_norm
+    if name.startswith("vit_"):
+        kind["image_size"] = size
+    if name in ("googlenet", "inception_v3"):
+        kind.update(aux_logits=False, init_weights=True)
+    try:
+        model = named[name](**kind)
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if not linears:
+            raise ValueError("it has no Linear classifier to remove")
+        parent, _, leaf = linears[-1].rpartition(".")
+        width = model.get_submodule(linears[-1]).in_features
+        setattr(model.get_submodule(parent), leaf, nn.Identity())
+        if resnet and size <= 64:
+            model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)
+            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+            model.maxpool = nn.Identity()
+        with torch.no_grad():
+            shape = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size)).shape
+        if shape != (2, width):
+            raise ValueError(f"it gives features of shape {tuple(shape[1:])}, not {width}")
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"--backbone {name}: cannot work at --size {size}: {str(error).splitlines()[0]}", 2) from error
+    return model, width
+
+
+# --- Data and augmentation --------------------------------------------------------------------------------------------
+
+FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, SOLARISE = range(8)   # the columns of a view's parameters
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                       # ImageNet's, for all data
+GREY_WEIGHTS = (0.2989, 0.587, 0.114)
+
+CIFAR100_SUPER = [  # super-class of each of CIFAR-100's classes (Krizhevsky 2009)
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10,
+    12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16,
+    12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13]
+
+
+def generator(*key):
+    """A random generator that depends on the key alone."""
+    return random.Random(" ".join(map(str, key)))
+
+
+def permutation(count, *key):
+    return torch.randperm(count, generator=torch.Generator().manual_seed(generator(*key).getrandbits(63)))
+
+
+class Pictures:
+    """uint8 pictures (n, 3, H, W) in memory, with fine labels and, where the data have them, coarse ones (or None)."""
+
+    def __init__(self, pictures, targets, coarse=None):
+        self.pictures, self.targets, self.coarse = pictures, targets, coarse
+
+    def __len__(self):
+        return len(self.targets)
+
+    def read(self, index):
+        return self.pictures[index]
+
+    def name(self, index):
+        return f"picture {index}"
+
+
+class Folder(torchvision.datasets.ImageFolder):
+    """ROOT/<class>/*: every file but dot-files is a picture, whatever its name."""
+    coarse = None
+
+    def __init__(self, root, classes=None, allow_empty=False):
+        self.only = classes
+        try:
+            super().__init__(root, is_valid_file=lambda path: not os.path.basename(path).startswith("."),
+                             allow_empty=True)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise UserError(f"{root}: no class folders with pictures there: expected {root}/<class>/<picture> "
+                            f"(a flat ImageNet val/ is sorted into classes by valprep.sh); {error}") from error
+        empty = set(self.classes) - {self.classes[target] for target in self.targets}
+        if empty and not allow_empty:
+            raise UserError(f"{os.path.join(root, min(empty))}: the class folder is empty: "
+                            "fill it, remove it, or give --skip-bad-files")
+        self.targets = torch.tensor(self.targets)
+
+    def find_classes(self, directory):
+        classes, _ = super().find_classes(directory)
+        missing = sorted(set(self.only or []) - set(classes))
+        if missing:
+            raise UserError(f"--classes: {missing[0]} is no folder of {directory}")
+        classes = sorted(self.only) if self.only else classes
+        return classes, {name: index for index, name in enumerate(classes)}
+
+    def name(self, index):
+        return self.samples[index][0]
+
+    def read(self, index):
+        """(3, H, W) uint8, upright: JPEG (grey and CMYK too), PNG (16 bits too), WebP or GIF, whatever the suffix."""
+        path = self.name(index)
+        try:
+            data = torchvision.io.read_file(path)
+            picture = torchvision.io.decode_image(data, mode="RGB", apply_exif_orientation=True)
+        except Exception as error:
+            raise UserError(f"{path}: not a readable picture ({str(error).strip().splitlines()[0][:120]}): "
+                            "mend or remove the file, or give --skip-bad-files") from None
+        picture = picture[0] if picture.ndim == 4 else picture                  # an animated GIF's first frame
+        return (picture.to(torch.int32) // 257).to(torch.uint8) if picture.dtype == torch.uint16 else picture
+
+
+def draw_shapes(count, seed):
+    """The embedded data set: `count` 32x32 pictures of 16 kinds, 3 to 6 corners of polygon, star, flower and frame.
+
+    Colours, place, size, angle and background are random: only shape tells. Fine label: kind; coarse: family.
+    """
+    g = torch.Generator().manual_seed(seed)
+    kind = torch.arange(count) % 16
+    family, corners = kind // 4, (3 + kind % 4).float()[:, None, None]
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=g)
+
+    axis = torch.linspace(-1, 1, 64)                                            # drawn at 64 pixels, halved below
+    x, y = (axis.view(shape) - uniform(-0.3, 0.3, 1, 1) for shape in ((1, 1, -1), (1, -1, 1)))
+    radius, angle = torch.hypot(x, y) / uniform(0.4, 0.7, 1, 1), torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
+    half = math.pi / corners                                                    # half the angle of a sector
+    phi = (angle % (2 * half) - half).abs()                                     # 0 between corners, `half` at a corner
+    polygon = half.cos() / phi.cos()
+    star = 0.4 * half.sin() / (0.4 * phi.sin() + (half - phi).sin())            # straight from corner to notch
+    flower = 0.65 - 0.35 * (corners * angle).cos()
+    edge = torch.stack([polygon, star, flower, polygon])[family, torch.arange(count)]
+    hole = ((family == 3)[:, None, None] & (radius < 0.6 * edge))
+    inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)        # (count, 1, 32, 32)
+    back, ramp = uniform(0, 1, 3, 1, 1), uniform(-0.3, 0.3, 3, 1, 1) * axis[::2] + uniform(-0.1, 0.1, 3, 32, 32)
+    ink = (back + uniform(0.35, 0.65, 3, 1, 1)) % 1
+    pictures = torch.lerp(back + ramp, ink, inside).clamp(0, 1)
+    return Pictures((255 * pictures).byte(), kind, family)
+
+
+def load_data(cfg):
+    """-> train, val: something with len, read(index), name(index), targets (tensor) and coarse (tensor or None)."""
+    if cfg.data == "shapes":
+        return draw_shapes(4096, 0), draw_shapes(1024, 1)
+    if cfg.data in ("cifar10", "cifar100"):
+        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[cfg.data]
+        root = cfg.root or "data"
+        for turn in (True, False):                                              # the first rank of a node downloads
+            if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+                try:
+                    splits = [kind(root, train=train, download=turn) for train in (True, False)]
+                except (OSError, RuntimeError) as error:
+                    raise UserError(f"--data {cfg.data} --root {root}: cannot get it ({error}); put its archive, "
+                                    f"{kind.filename}, into {root}") from error
+            if world() > 1:
+                dist.barrier()
+        lookup = torch.tensor(CIFAR100_SUPER) if cfg.data == "cifar100" else None
+        return [Pictures(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets),
+                         None if lookup is None else lookup[split.targets]) for split in splits]
+    for split in ("train", "val"):
+        if not os.path.isdir(os.path.join(cfg.root, split)):
+            raise UserError(f"--root {cfg.root}: there is no folder {split}/ in it: expected "
+                            "ROOT/train/<class>/* and ROOT/val/<class>/*", 2)
+    try:
+        only = open(cfg.classes).read().split() if cfg.classes else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes {cfg.classes}: cannot be read: {error}", 2) from error
+    train, val = (Folder(os.path.join(cfg.root, split), only, cfg.skip_bad_files) for split in ("train", "val"))
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(f"--root {cfg.root}: train/ and val/ hold different classes: {', '.join(odd[:5])}")
+    return train, val
+
+
+def random_crop(rng, height, width, smallest):
+    """top, left, height, width of Inception's crop: area in [smallest, 1], aspect ratio in [3/4, 4/3], 10 tries."""
+    for _ in range(10):
+        area, ratio = height * width * rng.uniform(smallest, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+class Views(torch.utils.data.Dataset):
+    """(epoch, index) -> crops (views, 3, size, size) uint8, their parameters (views, 8), the index that was read.
+
+    A pure function of (seed, epoch, index, view): worker, rank, batch size and resume do not enter. The device applies
+    the parameters (`augment`). views=0: one centre crop. skip: an unreadable picture is replaced by the next readable.
+    """
+
+    def __init__(self, pictures, size, *, views=2, seed=0, crop_min=0.08, blur=0.0, solarise=0.0, colour=True,
+                 skip=False):
+        self.pictures, self.size, self.views, self.seed, self.crop_min = pictures, size, views, seed, crop_min
+        self.blur, self.solarise, self.colour, self.skip = blur, solarise, colour, skip
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def read(self, index):
+        for tried in range(len(self) if self.skip else 1):
+            try:
+                return self.pictures.read((index + tried) % len(self)), (index + tried) % len(self)
+            except UserError:
+                if not self.skip:
+                    raise
+        raise UserError("no file of the data can be read")
+
+    def __getitem__(self, key):
+        epoch, index = key
+        picture, used = self.read(index)
+        if not self.views:
+            side = self.size if self.size <= 64 else self.size * 256 // 224
+            crop = TF.center_crop(TF.resize(picture, [side], antialias=True), [self.size, self.size])
+            return crop[None], torch.tensor([[0.0, 1, 1, 1, 0, 0, 0, 0]]), used
+        crops, parameters = zip(*(self.view(picture, generator(self.seed, epoch, index, view))
+                                  for view in range(self.views)), strict=True)
+        return torch.stack(crops), torch.tensor(parameters), used
+
+    def view(self, picture, rng):
+        top, left, height, width = random_crop(rng, *picture.shape[1:], self.crop_min)
+        crop = TF.resized_crop(picture, top, left, height, width, [self.size, self.size], antialias=True)
+        flip, jitter, grey, blur, solarise = (rng.random() for _ in range(5))
+        factors = [rng.uniform(0.2, 1.8) for _ in range(3)] + [rng.uniform(-0.2, 0.2)]
+        sigma = rng.uniform(0.1, 2.0)
+        return crop, [flip < 0.5, *(factors if self.colour and jitter < 0.8 else (1, 1, 1, 0)),
+                      self.colour and grey < 0.2, sigma if blur < self.blur else 0, solarise < self.solarise]
+
+
+def luminance(x):
+    return (x * x.new_tensor(GREY_WEIGHTS).view(3, 1, 1)).sum(-3, keepdim=True)
+
+
+def shift_hue(x, shift):
+    """x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns of the colour circle."""
+    value, chroma, (r, g, b) = x.amax(1), x.amax(1) - x.amin(1), x.unbind(1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    sixth = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    k = (torch.stack([5 + sixth, 3 + sixth, 1 + sixth], 1) + 6 * shift[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma, kernel):
+    """Each picture of x (B, C, H, W) with its own sigma (B,), 0 for none; reflected at the border."""
+    B, C, H, W = x.shape
+    offset = torch.arange(kernel, device=x.device) - kernel // 2
+    weight = (-(offset / sigma.clamp_min(1e-4)[:, None]).square() / 2).softmax(1).repeat_interleave(C, 0)  # (B C, k)
+    x = F.pad(x.reshape(1, B * C, H, W), [kernel // 2] * 4, mode="reflect")
+    x = F.conv2d(x, weight[:, None, :, None], groups=B * C)
+    return F.conv2d(x, weight[:, None, None, :], groups=B * C).view(B, C, H, W)
+
+
+@torch.no_grad()
+def augment(crops, parameters, *, colour=True, blur=False, solarise=False):
+    """Crops (B, 3, S, S) uint8 and their parameters (B, 8) -> normalised float views, the whole batch at once."""
+    parameters = parameters[:, :, None, None, None]                             # each (B, 1, 1, 1)
+    x = crops.float() / 255
+    x = torch.where(parameters[:, FLIP] > 0, x.flip(-1), x)
+    if colour:
+        x = (x * parameters[:, BRIGHTNESS]).clamp(0, 1)
+        x = torch.lerp(luminance(x).mean((-3, -2, -1), keepdim=True), x, parameters[:, CONTRAST]).clamp(0, 1)
+        x = torch.lerp(luminance(x), x, parameters[:, SATURATION]).clamp(0, 1)
+        x = shift_hue(x, parameters[:, HUE, 0])
+        x = torch.where(parameters[:, GREY] > 0, luminance(x), x)
+    if blur:
+        x = gaussian_blur(x, parameters[:, SIGMA].flatten(), min(23, crops.shape[-1] // 10 | 1))
+    if solarise:
+        x = torch.where((parameters[:, SOLARISE] > 0) & (x >= 0.5), 1 - x, x)
+    x = (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Batches(torch.utils.data.Sampler):
+    """This rank's part of global batch k = order[k B : (k + 1) B], as (epoch, index); the order is of (seed, epoch)."""
+
+    def __init__(self, indices, batch, *key, drop_last=True):
+        self.indices, self.batch, self.key, self.drop_last = torch.as_tensor(indices), batch, key, drop_last
+        self.epoch = self.start = 0                                             # start: the first batch, for a resume
+
+    def __len__(self):
+        return len(self.indices) // self.batch if self.drop_last else math.ceil(len(self.indices) / self.batch)
+
+    def __iter__(self):
+        order = self.indices[permutation(len(self.indices), *self.key, self.epoch)].tolist() if self.key \
+            else self.indices.tolist()
+        for k in range(self.start, len(self)):
+            rows = order[k * self.batch:(k + 1) * self.batch]
+            share = math.ceil(len(rows) / world())
+            yield [(self.epoch, i) for i in rows[rank() * share:(rank() + 1) * share]]
+
+
+def ignore_signals(_):
+    """In a loader process: it ends when its parent does, not when the terminal or the scheduler signals the group."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
+
+
+def loader(views, batches, cfg):
+    return torch.utils.data.DataLoader(
+        views, batch_sampler=batches, num_workers=cfg.workers, pin_memory=cfg.device == "cuda",
+        persistent_workers=cfg.workers > 0, worker_init_fn=ignore_signals if cfg.workers else None)
+
+
+# --- Optimiser and schedule -------------------------------------------------------------------------------------------
+
+
+class LARS(torch.optim.Optimizer):
+    """You et al. 2017: SGD with momentum whose rate is scaled, tensor by tensor, by eta |w| / (|g| + decay |w|).
+
+    Tensors of one dimension (biases, norms) are neither decayed nor scaled. clip: the factor is at most 1 / lr
+    (the authors' setting, with eta 0.02; common for ImageNet is eta 0.001 without).
+    """
+
+    def __init__(self, params, lr, *, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
+        params = list(params)
+        groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay, adapt=True),
+                  dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, adapt=False)]
+        super().__init__([group for group in groups if group["params"]],
+                         dict(lr=lr, momentum=momentum, eta=eta, clip=clip))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads, lr, decay = [p.grad for p in params], group["lr"], group["weight_decay"]
+            if not params:
+                continue
+            if group["adapt"]:
+                w, g = (torch.stack(torch._foreach_norm(each)) for each in (params, grads))
+                factor = group["eta"] * w / (g + decay * w + 1e-8)
+                factor = (factor / lr).clamp(max=1) if group["clip"] else factor
+                factor = torch.where((w > 0) & (g > 0), factor, 1)
+                grads = torch._foreach_add(grads, params, alpha=decay)
+                torch._foreach_mul_(grads, list(factor.unbind()))
+            for p in params:
+                self.state[p].setdefault("momentum", torch.zeros_like(p))
+            buffers = [self.state[p]["momentum"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            torch._foreach_add_(params, buffers, alpha=-lr)
+
+
+def learning_rate(step, total, warmup, peak):
+    """Linear over `warmup` steps to `peak`, then half a cosine to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
