@@ -646,6 +646,8 @@ def build_backbone(name, size=224, norm="batch"):
     ResNets get a 3x3 stem without max-pool for views of 64 pixels or less. UserError: unknown or unusable.
     """
     models = torchvision.models.list_models(module=torchvision.models)
+    if name == "pixels":                                                        # the raw pixels, to hold a probe against
+        return nn.Flatten(), 3 * size * size
     named = {"resnet10_narrow": NarrowResNet} | {m: torchvision.models.get_model_builder(m) for m in models}
     if name not in named:
         near = difflib.get_close_matches(name, named, 4, 0.4)
@@ -706,7 +708,7 @@ class Pictures:
     """uint8 pictures (n, 3, H, W) in memory, with fine labels and, where the data have them, coarse ones (or None)."""
 
     def __init__(self, pictures, targets, coarse=None):
-        self.pictures, self.targets, self.coarse = pictures, targets, coarse
+        self.pictures, self.targets, self.coarse, self.bad = pictures, targets, coarse, set()
 
     def __len__(self):
         return len(self.targets)
@@ -723,7 +725,7 @@ class Folder(torchvision.datasets.ImageFolder):
     coarse = None
 
     def __init__(self, root, classes=None, allow_empty=False):
-        self.only = classes
+        self.only, self.bad = classes, set()
         try:
             super().__init__(root, is_valid_file=lambda path: not os.path.basename(path).startswith("."),
                              allow_empty=True)
@@ -734,7 +736,7 @@ class Folder(torchvision.datasets.ImageFolder):
         if empty and not allow_empty:
             raise UserError(f"{os.path.join(root, min(empty))}: the class folder is empty: "
                             "fill it, remove it, or give --skip-bad-files")
-        self.targets = torch.tensor(self.targets)
+        self.targets = torch.tensor(self.targets, dtype=torch.long)
 
     def find_classes(self, directory):
         classes, _ = super().find_classes(directory)
@@ -835,7 +837,7 @@ def random_crop(rng, height, width, smallest):
 
 
 class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> crops (views, 3, size, size) uint8, their parameters (views, 8), the index that was read.
+    """(epoch, index) -> crops (views, 3, size, size) uint8, their parameters (views, 8), index, the index that was read.
 
     A pure function of (seed, epoch, index, view): worker, rank, batch size and resume do not enter. The device applies
     the parameters (`augment`). views=0: one centre crop. skip: an unreadable picture is replaced by the next readable.
@@ -864,10 +866,10 @@ class Views(torch.utils.data.Dataset):
         if not self.views:
             side = self.size if self.size <= 64 else self.size * 256 // 224
             crop = TF.center_crop(TF.resize(picture, [side], antialias=True), [self.size, self.size])
-            return crop[None], torch.tensor([[0.0, 1, 1, 1, 0, 0, 0, 0]]), used
+            return crop[None], torch.tensor([[0.0, 1, 1, 1, 0, 0, 0, 0]]), index, used
         crops, parameters = zip(*(self.view(picture, generator(self.seed, epoch, index, view))
                                   for view in range(self.views)), strict=True)
-        return torch.stack(crops), torch.tensor(parameters), used
+        return torch.stack(crops), torch.tensor(parameters, dtype=torch.float32), index, used
 
     def view(self, picture, rng):
         top, left, height, width = random_crop(rng, *picture.shape[1:], self.crop_min)
@@ -923,34 +925,45 @@ def augment(crops, parameters, *, colour=True, blur=False, solarise=False):
 
 
 class Batches(torch.utils.data.Sampler):
-    """This rank's part of global batch k = order[k B : (k + 1) B], as (epoch, index); the order is of (seed, epoch)."""
+    """This rank's part of global batch k = order[k B : (k + 1) B], as (epoch, index); the order is of (key, epoch).
 
-    def __init__(self, indices, batch, *key, drop_last=True):
-        self.indices, self.batch, self.key, self.drop_last = torch.as_tensor(indices), batch, key, drop_last
+    groups: the number of batches is a multiple of it, a trailing part of a group is dropped.
+    """
+
+    def __init__(self, indices, batch, *key, groups=1):
+        self.indices, self.batch, self.key = torch.as_tensor(indices), batch, key
+        self.count = len(indices) // batch // groups * groups
         self.epoch = self.start = 0                                             # start: the first batch, for a resume
 
     def __len__(self):
-        return len(self.indices) // self.batch if self.drop_last else math.ceil(len(self.indices) / self.batch)
+        return self.count - self.start
 
     def __iter__(self):
-        order = self.indices[permutation(len(self.indices), *self.key, self.epoch)].tolist() if self.key \
-            else self.indices.tolist()
-        for k in range(self.start, len(self)):
-            rows = order[k * self.batch:(k + 1) * self.batch]
-            share = math.ceil(len(rows) / world())
-            yield [(self.epoch, i) for i in rows[rank() * share:(rank() + 1) * share]]
+        order = self.indices[permutation(len(self.indices), *self.key, self.epoch)].tolist()
+        share = self.batch // world()
+        for k in range(self.start, self.count):
+            first = k * self.batch + rank() * share
+            yield [(self.epoch, i) for i in order[first:first + share]]
 
 
-def ignore_signals(_):
-    """In a loader process: it ends when its parent does, not when the terminal or the scheduler signals the group."""
+def detach_worker(_):
+    """A loader process leaves the run's process group: what stops the group must not stop it before the step ends."""
+    os.setsid()
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, signal.SIG_DFL)
 
 
 def loader(views, batches, cfg):
+    """batches: lists of (epoch, index). Yields what Views gives, stacked."""
     return torch.utils.data.DataLoader(
         views, batch_sampler=batches, num_workers=cfg.workers, pin_memory=cfg.device == "cuda",
-        persistent_workers=cfg.workers > 0, worker_init_fn=ignore_signals if cfg.workers else None)
+        persistent_workers=cfg.workers > 0, worker_init_fn=detach_worker if cfg.workers else None)
+
+
+def note_bad_files(pictures, index, used):
+    """Remembers the files that --skip-bad-files passed over: from the one asked for to the one before that read."""
+    for first, last in zip(index.tolist(), used.tolist(), strict=True):
+        pictures.bad.update(pictures.name(i % len(pictures)) for i in range(first, last + len(pictures) * (last < first)))
 
 
 # --- Optimiser and schedule -------------------------------------------------------------------------------------------
@@ -997,3 +1010,795 @@ def learning_rate(step, total, warmup, peak):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+# --- Pre-training -----------------------------------------------------------------------------------------------------
+
+
+def build_model(cfg):
+    """The wrapped method on the CPU; its weights are a function of the seed."""
+    torch.manual_seed(cfg.seed)
+    backbone, width = build_backbone(cfg.backbone, cfg.size, cfg.norm)
+    kind = METHODS[cfg.method]
+    accepted = inspect.signature(kind).parameters
+    heads = {name: getattr(cfg, name) for name in ("hidden", "dim", "predictor", "queue", "ema", "temperature")
+             if name in accepted and getattr(cfg, name) is not None}
+    method = kind(backbone, width, norm=group_norm if cfg.norm == "group" else nn.BatchNorm1d, **heads)
+    threshold = {"adaptive": AdaptiveThreshold(cfg.quantile), "oracle": None,
+                 "step": StepThreshold(0.9, 0.1, max(1, cfg.epochs // 10)),
+                 "cosine": CosineThreshold(0.9, 0.3, max(1, cfg.epochs))}[cfg.threshold]
+    return HEX(method, cfg.loss, alpha=cfg.alpha, temperature=cfg.temperature, threshold=threshold, beta=cfg.beta,
+               tau_plus=cfg.tau_plus, warmup=cfg.hex_warmup)
+
+
+class Stopwatch:
+    """Milliseconds a stage. On CUDA, exact=True takes events; else the host's clock (all that the data wait needs)."""
+
+    def __init__(self, exact=False):
+        self.exact, self.marks = exact, []
+
+    def __call__(self, stage):
+        """The stage that ends now."""
+        moment = time.perf_counter()
+        if self.exact and torch.cuda.is_available():
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.marks.append((stage, moment))
+
+    def spans(self):
+        """[(stage, ms), ...] since the last call."""
+        marks, self.marks = self.marks, self.marks[-1:]
+        if self.exact and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return [(b[0], a[1].elapsed_time(b[1])) for a, b in zip(marks, marks[1:], strict=False)]
+        return [(b[0], 1e3 * (b[1] - a[1])) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+class Trainer:
+    """The model, its optimiser and scaler, and one step of them: all that a checkpoint holds."""
+
+    def __init__(self, cfg):
+        self.cfg, self.skipped, self.lap, self.stop = cfg, 0, Stopwatch(cfg.bench is not None), False
+        self.model = build_model(cfg)
+        if cfg.micro_batch and cfg.micro_batch < cfg.batch_size:
+            for path, module in self.model.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "p", 0):
+                    raise UserError(f"--micro-batch {cfg.micro_batch}: {path} ({type(module).__name__}) makes it "
+                                    "inexact; use --norm group and a backbone without dropout", 2)
+        self.model.to(cfg.device, memory_format=torch.channels_last)
+        self.ddp = self.model
+        if world() > 1:
+            if cfg.device == "cuda":
+                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.ddp = DistributedDataParallel(self.model, forward_sync_buffers=False)
+        if cfg.compile:
+            self.model.method.compile()
+        self.peak = cfg.lr * cfg.batch_size * cfg.accumulate / 256
+        self.optimizer = LARS((p for p in self.model.parameters() if p.requires_grad), self.peak, eta=cfg.eta,
+                              weight_decay=cfg.weight_decay, clip=cfg.clip)
+        self.scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
+
+    def state(self):
+        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                    scaler=self.scaler.state_dict(), skipped=self.skipped)
+
+    def load(self, state):
+        mine, theirs = self.model.state_dict(), state["model"]
+        odd = sorted(k for k in mine.keys() | theirs.keys() if k not in mine or k not in theirs
+                     or mine[k].shape != theirs[k].shape)
+        if odd:
+            raise UserError(f"the checkpoint's tensors differ from the model's: {', '.join(odd[:5])}")
+        self.model.load_state_dict(theirs)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+
+    def embed(self, crops, parameters):
+        """(m, 2, 3, S, S) uint8 and (m, 2, 8) -> the method's embeddings, each (m, ...)."""
+        cfg = self.cfg
+        x1, x2 = augment(crops.transpose(0, 1).flatten(0, 1), parameters.transpose(0, 1).flatten(0, 1),
+                         blur=cfg.blur > 0, solarise=cfg.solarise > 0).chunk(2)
+        self.lap("augment")
+        with autocast(cfg):
+            return self.ddp(x1, x2)
+
+    def gradients(self, crops, parameters, epoch, labels, last):
+        """Adds one loss's gradient to .grad. Returns loss, stats, and whether every rank's loss is finite.
+
+        With --micro-batch: embeddings of all without gradient, the loss's gradient in the embeddings, then the
+        embeddings of m images at a time once more, with gradient (Gao et al. 2021). last: DDP reduces here.
+        """
+        cfg, ddp = self.cfg, self.ddp
+        held = contextlib.nullcontext if world() == 1 else ddp.no_sync
+        m = (cfg.micro_batch or cfg.batch_size) // world()
+        chunks = list(zip(crops.split(m), parameters.split(m), strict=True))
+        with contextlib.nullcontext() if last and len(chunks) == 1 else held(), torch.set_grad_enabled(len(chunks) == 1):
+            parts = [self.embed(*chunk) for chunk in chunks]
+        embeddings = parts[0] if len(parts) == 1 else \
+            [torch.cat(each).float().requires_grad_() for each in zip(*parts, strict=True)]
+        self.lap("forward")
+        threshold = OracleHierarchy(labels) if cfg.threshold == "oracle" and cfg.loss in ("hex", "released") else None
+        loss, stats = self.model.loss(*embeddings, epoch=epoch, threshold=threshold)
+        # One flag for all ranks. The sparse gather inside the loss has waited for the forward pass already.
+        flags = torch.stack([~loss.detach().isfinite(), loss.new_tensor(self.stop).bool()]).float()
+        if world() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        broken, self.stop = (flag > 0 for flag in flags.tolist())
+        self.lap("loss")
+        if not broken:
+            with contextlib.nullcontext() if last and len(chunks) == 1 else held():
+                self.scaler.scale(loss / cfg.accumulate).backward()
+            for i, chunk in enumerate(chunks if len(chunks) > 1 else []):
+                rows = slice(i * m, (i + 1) * m)
+                with contextlib.nullcontext() if last and i == len(chunks) - 1 else held():
+                    outputs = [(out, e.grad[rows].to(out.dtype)) for out, e in
+                               zip(self.embed(*chunk), embeddings, strict=True) if out.requires_grad and e.grad is not None]
+                    torch.autograd.backward(*zip(*outputs, strict=True))
+            self.lap("backward")
+        return loss.detach(), stats, not broken
+
+    def step(self, batches, train, step, total, per_epoch):
+        """One optimiser step over `accumulate` losses. batches: an iterator of the loader. Returns loss, stats, lr."""
+        cfg = self.cfg
+        torch.manual_seed(generator(cfg.seed, "step", step, rank()).getrandbits(63))  # dropout, stochastic depth
+        lr = learning_rate(step, total, cfg.lr_warmup * per_epoch, self.peak)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        fine = True
+        for part in range(cfg.accumulate):
+            crops, parameters, index, used = next(batches)
+            note_bad_files(train, index, used)
+            crops, parameters = (each.to(cfg.device, non_blocking=True) for each in (crops, parameters))
+            labels = train.targets[used] if train.coarse is None else train.coarse[used]
+            self.lap("load")
+            loss, stats, finite = self.gradients(crops, parameters, step // per_epoch, labels.to(cfg.device),
+                                                 part == cfg.accumulate - 1)
+            fine = fine and finite
+        scale = self.scaler.get_scale() if cfg.amp == "fp16" else 0
+        if fine:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            fine = cfg.amp != "fp16" or self.scaler.get_scale() >= scale        # fp16: a scale that fell is a skip
+        if fine:
+            self.model.after_step((step + 1) / total)
+        self.skipped = 0 if fine else self.skipped + 1
+        self.lap("optimiser")
+        return loss, stats, lr
+
+
+def autocast(cfg):
+    kind = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp]
+    return torch.autocast(cfg.device, dtype=kind, enabled=cfg.amp != "off")
+
+
+def write(path, data):
+    """Atomically: a reader, or a run that resumes, finds the old file or the new one. data: bytes or str."""
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact") from error
+
+
+def read_tensors(path, what):
+    """torch.load that runs no code from the file. UserError: missing, damaged, or not a file of tensors."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not a readable {what} ({type(error).__name__}): "
+                        "damaged, or not made of plain tensors; delete it or give another") from None
+
+
+def save(out, trainer, step, pictures):
+    """checkpoint.pt and bad_files.txt. Every rank calls it."""
+    bad = [sorted(set().union(*(split.bad for split in pictures)))]
+    if world() > 1:
+        bad = [None] * world()
+        dist.all_gather_object(bad, sorted(set().union(*(split.bad for split in pictures))))
+    if rank() == 0:
+        file = io.BytesIO()
+        torch.save(dict(step=step, **trainer.state()), file)
+        write(os.path.join(out, "checkpoint.pt"), file.getvalue())
+        bad = set().union(*bad)
+        if bad:
+            write(os.path.join(out, "bad_files.txt"), "".join(f"{path}\n" for path in sorted(bad)))
+
+
+def plain(value):
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Metrics:
+    """metrics.jsonl: a line of JSON an event, in rank 0. keep: the steps that a resumed run has behind it."""
+
+    def __init__(self, out, keep):
+        self.path, lines = os.path.join(out, "metrics.jsonl"), []
+        if rank() == 0:
+            if os.path.exists(self.path):
+                for line in open(self.path, encoding="utf-8"):
+                    with contextlib.suppress(ValueError):                      # the last line of a killed run
+                        if json.loads(line)["step"] <= keep:
+                            lines.append(line)
+            write(self.path, "".join(lines))
+
+    def __call__(self, **event):
+        if rank() == 0:
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({key: plain(value) for key, value in event.items()}) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+@torch.no_grad()
+def emergence(model, cfg, train, val, picture=None):
+    """Once an epoch, for every --loss: what H(i) is on one fixed batch, and how the features fare on fixed subsets.
+
+    Labels are used for logging alone. picture: path of neighbours.png. Returns scalars.
+    """
+    model.eval()
+    if world() > 1:
+        for buffer in model.buffers():                                          # BatchNorm without SyncBatchNorm
+            dist.broadcast(buffer, 0)
+    share = min(256, len(train)) // world()
+    fixed = permutation(len(train), "fixed")[:share * world()]
+    mine = fixed[rank() * share:(rank() + 1) * share]
+    views = Views(train, cfg.size, seed="fixed", crop_min=cfg.crop_min, skip=cfg.skip_bad_files)
+    crops, parameters, _, used = next(iter(loader(views, [[(0, i) for i in mine.tolist()]], cfg)))
+    x1, x2 = (augment(crops[:, v].to(cfg.device), parameters[:, v].to(cfg.device)) for v in (0, 1))
+    with autocast(cfg):
+        embeddings = model(x1, x2)
+    a, b = model.method.loss(*(e.float() for e in embeddings))[1][0]
+    eps, local = local_mask(a, b, AdaptiveThreshold(cfg.quantile))              # (2 share, 2N)
+    out = dict(threshold=eps, local=mean_over_ranks(local.sum(1).float().mean()))
+    used = used.to(cfg.device)
+    everyone, negative = gather(used).repeat(2), ~local & False
+    for labels, name in ((train.targets, ""), (train.coarse, "_coarse")):
+        if labels is not None:
+            same = labels.to(cfg.device)[used].repeat(2)[:, None] == labels.to(cfg.device)[everyone]
+            negative = used.repeat(2)[:, None] != everyone
+            counts = torch.stack([(same & local).sum(), local.sum(), (same & negative).sum(), negative.sum()]).float()
+            counts = mean_over_ranks(counts)
+            out["purity" + name], out["chance" + name] = counts[0] / counts[1], counts[2] / counts[3]
+    z = F.normalize(torch.cat([gather(a), gather(b)]))
+    out["std"] = z.std(0).mean() * math.sqrt(z.shape[1])                        # 1: spread out; 0: collapsed
+    bank, query = (permutation(len(split), "subset")[:count] for split, count in ((train, 2048), (val, 512)))
+    features, kept = extract(model.method.backbone, train, bank, cfg)
+    tests, tested = extract(model.method.backbone, val, query, cfg)
+    singular = torch.linalg.svdvals(features.float())
+    p = singular / singular.sum() + 1e-7
+    out["rankme"] = (-p * p.log()).sum().exp()                                  # Garrido et al. 2023
+    out["knn"] = nearest_neighbours(features, train.targets[bank[kept]], tests, val.targets[query[tested]])
+    if picture and rank() == 0:
+        draw_neighbours(picture, Views(train, cfg.size, views=0, skip=cfg.skip_bad_files), everyone.tolist(),
+                        local.cpu(), (F.normalize(torch.cat([a, b])) @ z.T).cpu())
+    model.train()
+    return out
+
+
+def draw_neighbours(path, views, index, local, cosine, rows=8, columns=8):
+    """A row: an anchor, then the members of its H(i), the nearest first; blank where H(i) has no more."""
+    grid, anchors = [], local.sum(1).argsort(descending=True, stable=True).tolist()
+    seen = set()
+    for anchor in anchors:
+        if index[anchor] not in seen and len(seen) < rows:
+            seen.add(index[anchor])
+            members = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
+            chosen = list(dict.fromkeys([index[anchor], *(index[j] for j in members)]))[:columns]
+            strip = [views[0, i][0][0].float() / 255 for i in chosen]
+            grid += strip + [torch.ones_like(strip[0])] * (columns - len(strip))
+    torchvision.utils.save_image(torchvision.utils.make_grid(grid, nrow=columns, pad_value=1), path)
+
+
+def pretrain(cfg, train, val, out):
+    """Trains, resumes, logs; leaves checkpoint.pt and backbone.pt. Returns the model."""
+    trainer = Trainer(cfg)
+    batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
+    per_epoch = len(batches) // cfg.accumulate
+    if not per_epoch and cfg.epochs:
+        raise UserError(f"--batch-size {cfg.batch_size} --accumulate {cfg.accumulate}: more than the {len(train)} train "
+                        "pictures; lower them", 2)
+    total, step, path = cfg.epochs * per_epoch, 0, os.path.join(out, "checkpoint.pt")
+    if os.path.exists(path):
+        state = read_tensors(path, "checkpoint")
+        try:
+            trainer.load(state)
+            step = state["step"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a checkpoint of this run ({error}); delete it to start again") from error
+    note = Metrics(out, step)
+    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
+                  skip=cfg.skip_bad_files)
+    source, bar = loader(views, batches, cfg), tqdm(total=total, initial=step, disable=rank() > 0, unit="step")
+    warned = False
+
+    def ask_to_stop(*_):
+        trainer.stop = True
+
+    handlers = {each: signal.signal(each, ask_to_stop) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        if step == 0:
+            note(event="epoch", step=0, epoch=0, **emergence(trainer.model, cfg, train, val))
+        while step < total:
+            batches.epoch, batches.start = step // per_epoch, step % per_epoch * cfg.accumulate
+            iterator = iter(source)
+            trainer.lap("start")
+            while True:
+                loss, stats, lr = trainer.step(iterator, train, step, total, per_epoch)
+                step += 1
+                ends = step % per_epoch == 0
+                if trainer.skipped:
+                    note(event="skipped", step=step, in_a_row=trainer.skipped)
+                if trainer.skipped >= 10 and cfg.amp != "fp16" or trainer.skipped >= 50:
+                    raise UserError(f"the loss is not finite, {trainer.skipped} steps in a row, at step {step}: lower "
+                                    "--lr, or use --amp bf16 or off; the last checkpoint is intact")
+                if step % cfg.log_every == 0 or step == total:
+                    spans = trainer.lap.spans()
+                    spent = sum(ms for _, ms in spans) or 1e-9
+                    speed = dict(images_per_second=cfg.batch_size * cfg.accumulate * 1e3 / spent
+                                 * sum(stage == "optimiser" for stage, _ in spans),
+                                 data_wait=sum(ms for stage, ms in spans if stage == "load") / spent)
+                    stats = {key: mean_over_ranks(value).item() for key, value in (("loss", loss), *stats.items())}
+                    note(event="step", step=step, epoch=(step - 1) // per_epoch, **stats, lr=lr, **speed)
+                    shown = {key: f"{stats[key]:.3g}" for key in ("loss", "threshold", "local") if key in stats}
+                    bar.set_postfix(shown | {"img/s": f"{speed['images_per_second']:.0f}",
+                                             "wait": f"{speed['data_wait']:.0%}"}, refresh=False)
+                bar.update()
+                if ends:
+                    figures = emergence(trainer.model, cfg, train, val)
+                    note(event="epoch", step=step, epoch=step // per_epoch, **figures)
+                    if figures["std"] < 0.1 and not warned:
+                        warned = True
+                        announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1 at epoch "
+                                 f"{step // per_epoch}): lower --lr, or check the augmentation")
+                if ends or trainer.stop or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+                    save(out, trainer, step, (train, val))
+                if trainer.stop and step < total:
+                    raise Interrupted
+                if ends:
+                    break
+                trainer.lap("log")
+            trainer.lap.marks.clear()
+    finally:
+        bar.close()
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    if rank() == 0:
+        file = io.BytesIO()
+        torch.save({key: value.cpu() for key, value in trainer.model.method.backbone.state_dict().items()}, file)
+        write(os.path.join(out, "backbone.pt"), file.getvalue())
+    return trainer.model
+
+
+def bench(cfg, train):
+    """Times --bench N steps after a warm-up; prints milliseconds and share a stage, and HEX's overhead over InfoNCE."""
+    trainer, warm = Trainer(cfg), 3
+    batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
+    if not len(batches):
+        raise UserError(f"--batch-size {cfg.batch_size}: more than the {len(train)} train pictures; lower it", 2)
+    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
+                  skip=cfg.skip_bad_files)
+    source, per_epoch, steps = loader(views, batches, cfg), len(batches) // cfg.accumulate, []
+
+    def forever():
+        while True:
+            yield from source
+            batches.epoch += 1
+
+    iterator = forever()
+    for step in range(warm + cfg.bench):
+        trainer.lap("start")
+        trainer.step(iterator, train, min(step, per_epoch - 1), max(per_epoch, 1), per_epoch)
+        spans = trainer.lap.spans()
+        if step >= warm:
+            steps.append({stage: sum(ms for name, ms in spans if name == stage) for stage, _ in spans})
+    whole = sorted(sum(each.values()) for each in steps)[len(steps) // 2]
+    announce(f"{cfg.data} {cfg.method} {cfg.loss} {cfg.backbone} batch {cfg.batch_size} x {cfg.accumulate} on "
+             f"{cfg.device} x {world()}, {torch.get_num_threads()} threads, {cfg.workers} workers: median of {cfg.bench} steps")
+    for stage in ("load", "augment", "forward", "loss", "backward", "optimiser"):
+        middle = sorted(each.get(stage, 0) for each in steps)[len(steps) // 2]
+        announce(f"{stage:10} {middle:9.2f} ms {middle / whole:6.1%}")
+    covered = sum(v for each in steps for k, v in each.items() if k != "start") / sum(sum(e.values()) for e in steps)
+    announce(f"{'step':10} {whole:9.2f} ms; in no stage {1 - covered:.1%}; "
+             f"{cfg.batch_size * cfg.accumulate * 1e3 / whole:.0f} images/s")
+    if cfg.device == "cuda":
+        announce(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    share = cfg.batch_size // world()
+    a, b = (torch.randn(share, cfg.dim or 128, device=cfg.device, requires_grad=True) for _ in range(2))
+    watch, spent = Stopwatch(exact=True), {}
+    for turn in range(8):
+        for name, function in (("infonce", lambda: info_nce(a, b)), ("hex", lambda: hex_nce(a, b)[0])):
+            watch("start")
+            function().backward()
+            watch(name)
+            if turn:
+                spent.setdefault(name, []).append(watch.spans()[-1][1])
+            watch.marks.clear()
+    ms = {name: sorted(each)[len(each) // 2] for name, each in spent.items()}
+    announce(f"loss forward + backward: infonce {ms['infonce']:.2f} ms, hex {ms['hex']:.2f} ms; "
+             f"HEX's overhead over infonce: {(ms['hex'] - ms['infonce']) / whole:.1%} of a step")
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)      # of the probe's heads, trained side by side
+
+
+@torch.no_grad()
+def extract(backbone, pictures, indices, cfg):
+    """Features of centre crops, on every rank: (n, width) float32; and kept (n,) bool, False: the file was bad.
+
+    Each rank reads a run of the indices, the last padded to the same length.
+    """
+    share = math.ceil(len(indices) / world())
+    mine = indices[(rank() * share + torch.arange(share)).clamp(max=len(indices) - 1)]
+    views, rows, kept = Views(pictures, cfg.size, views=0, skip=cfg.skip_bad_files), [], []
+    for crops, parameters, index, used in loader(views, [[(0, i) for i in part.tolist()] for part in mine.split(256)], cfg):
+        note_bad_files(pictures, index, used)
+        with autocast(cfg):
+            x = augment(crops[:, 0].to(cfg.device), parameters[:, 0].to(cfg.device), colour=False)
+            rows.append(backbone(x).float())
+        kept.append(index == used)
+    rows, kept = gather(torch.cat(rows))[:len(indices)], gather(torch.cat(kept).to(cfg.device))[:len(indices)].cpu()
+    return rows[kept.to(rows.device)], kept
+
+
+def nearest_neighbours(bank, labels, queries, answers, k=20, temperature=0.07):
+    """k-NN accuracy in percent: cosine, votes weighted by e^{s/0.07} (Wu et al. 2018)."""
+    bank, labels, answers = F.normalize(bank), labels.to(bank.device), answers.to(bank.device)
+    votes, right = int(max(labels.max(), answers.max())) + 1, 0
+    for rows, truth in zip(F.normalize(queries).split(256), answers.split(256), strict=True):
+        near, index = (rows @ bank.T).topk(min(k, len(bank)))
+        tally = near.new_zeros(len(rows), votes).scatter_add_(1, labels[index], (near / temperature).exp())
+        right += (tally.argmax(1) == truth).sum().item()
+    return 100 * right / len(answers)
+
+
+def place_in_class(targets):
+    """For each entry: how many of its class stand before it."""
+    order, counts = targets.argsort(stable=True), targets.bincount()
+    place = torch.empty_like(targets)
+    place[order] = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
+    return place
+
+
+def labelled_pictures(cfg, train):
+    """Indices of the train pictures whose labels the probe may see: all, a balanced share, or a published list."""
+    classes = int(train.targets.max()) + 1
+    if cfg.label_list:
+        try:
+            wanted = open(cfg.label_list, encoding="utf-8").read().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--label-list {cfg.label_list}: cannot be read: {error}", 2) from error
+        where = {key: i for i in range(len(train)) for key in (os.path.basename(train.name(i)),
+                                                               os.sep.join(train.name(i).split(os.sep)[-2:]))}
+        wanted = [line.strip() for line in wanted if line.strip()]
+        missing = [line for line in wanted if line not in where]
+        if missing or not wanted:
+            raise UserError(f"--label-list {cfg.label_list}: {len(missing)} of {len(wanted)} names are no train picture, "
+                            f"the first: {missing[0] if missing else 'the file is empty'}")
+        return torch.tensor(sorted({where[line] for line in wanted}))
+    if not cfg.label_fraction:
+        return torch.arange(len(train))
+    total = round(cfg.label_fraction * len(train))
+    if total < classes:
+        raise UserError(f"--label-fraction {cfg.label_fraction}: {total} labels for {classes} classes leaves a class "
+                        "empty; raise it", 2)
+    quota = total // classes + (permutation(classes, "labels") < total % classes).long()
+    order = permutation(len(train), "labels")
+    return order[place_in_class(train.targets[order]) < quota[train.targets[order]]].sort().values
+
+
+def digest(state):
+    """SHA-256 of tensors."""
+    parts = hashlib.sha256()
+    for name in sorted(state):
+        parts.update(name.encode() + state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return parts.hexdigest()
+
+
+def evaluate(backbone, cfg, train, val):
+    """The linear probe and k-NN on a frozen backbone. Returns what probe.json holds; accuracies in percent.
+
+    Heads of every rate of RATES are trained together (SGD, batch 256, / 10 at 60 % and 80 %, decay 1e-5: the authors'
+    probe), on cached features of centre crops, or for ImageNet on crops and flips. The best on a tenth of the labelled
+    train pictures, which no head was trained on, is the one that is run on val.
+    """
+    started, before = time.time(), digest(backbone.state_dict())
+    backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    labelled = labelled_pictures(cfg, train)
+    mark = hashlib.sha256(labelled.numpy().tobytes()).hexdigest()[:16]
+    announce(f"probe: {len(labelled)} labelled pictures, sha256 of their indices {mark}")
+    labelled = labelled[permutation(len(labelled), cfg.seed, "holdout")]
+    targets = train.targets[labelled]
+    held = place_in_class(targets) < (targets.bincount() // 10).clamp_min(1).minimum(targets.bincount() - 1)[targets]
+    if not held.any():
+        raise UserError("the probe needs a class with two labelled pictures, to hold one out; give it more labels")
+    fit, hold = labelled[~held], labelled[held]
+    test_features, kept = extract(backbone, val, torch.arange(len(val)), cfg)
+    test_targets = val.targets[kept].to(cfg.device)
+    bank = fit[:262144]                                                         # of k-NN: what fits into a GPU's memory
+    features, kept = extract(backbone, train, bank, cfg)
+    bank_targets = train.targets[bank[kept]]
+    knn = nearest_neighbours(features, bank_targets, test_features, test_targets)
+    hold_features, kept = extract(backbone, train, hold, cfg)
+    hold_targets = train.targets[hold[kept]].to(cfg.device)
+
+    classes, batch = int(train.targets.max()) + 1, max(1, min(256, len(fit)) // world()) * world()
+    torch.manual_seed(cfg.seed)
+    heads = nn.ModuleList(nn.Linear(features.shape[1], classes) for _ in RATES).to(cfg.device)
+    optimizer = torch.optim.SGD([dict(params=list(head.parameters()), lr=rate) for head, rate in
+                                 zip(heads, RATES, strict=True)], momentum=0.9, weight_decay=1e-5)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [cfg.probe_epochs * 6 // 10, cfg.probe_epochs * 8 // 10])
+    cached = cfg.data != "imagenet"
+    batches = Batches(torch.arange(len(features)) if cached else fit, min(batch, len(features) // world() * world()),
+                      cfg.seed, "probe")
+    views = Views(train, cfg.size, views=1, seed=cfg.seed, colour=False, skip=cfg.skip_bad_files)
+    source = None if cached else loader(views, batches, cfg)
+    for epoch in tqdm(range(cfg.probe_epochs), disable=rank() > 0, desc="probe", leave=False):
+        batches.epoch = epoch
+        for item in batches if cached else source:
+            if cached:
+                rows = torch.tensor([i for _, i in item])
+                x, y = features.index_select(0, rows.to(cfg.device)), bank_targets[rows].to(cfg.device)
+            else:
+                with torch.no_grad(), autocast(cfg):
+                    x = backbone(augment(item[0][:, 0].to(cfg.device), item[1][:, 0].to(cfg.device), colour=False)).float()
+                y = train.targets[item[3]].to(cfg.device)
+            optimizer.zero_grad(set_to_none=True)
+            sum(F.cross_entropy(head(x), y) for head in heads).backward()
+            for p in heads.parameters():
+                p.grad = mean_over_ranks(p.grad)
+            optimizer.step()
+        schedule.step()
+
+    def top(head, x, y, k):
+        return 100 * (head(x).topk(min(k, classes)).indices == y[:, None]).any(1).double().mean().item()
+
+    with torch.no_grad():
+        chosen = [top(head, hold_features, hold_targets, 1) for head in heads]
+        best = max(range(len(RATES)), key=chosen.__getitem__)
+        result = dict(top1=top(heads[best], test_features, test_targets, 1),
+                      top5=top(heads[best], test_features, test_targets, 5), knn=knn)
+    if best in (0, len(RATES) - 1):
+        announce(f"warning: the probe's best rate, {RATES[best]}, is at the edge of its grid {RATES}")
+    if digest(backbone.state_dict()) != before:
+        raise RuntimeError("the frozen backbone changed during the probe: its accuracy means nothing")
+    return result | dict(rate=RATES[best], holdout=dict(zip(map(str, RATES), chosen, strict=True)), epochs=cfg.probe_epochs,
+                         features="centre crops, cached" if cached else "crops and flips", train=len(fit), held_out=len(hold),
+                         val=len(test_targets), knn_bank=len(bank_targets), labels_sha256=mark, backbone_sha256=before,
+                         seconds=round(time.time() - started, 1))
+
+
+def load_backbone(cfg):
+    """The backbone in --probe FILE: plain torchvision keys; fc.* is ignored, any other foreign key refused."""
+    state = read_tensors(cfg.probe, "backbone")
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"--probe {cfg.probe}: not a state dict of tensors; give a run's backbone.pt")
+    backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
+    mine, state = backbone.state_dict(), {k: v for k, v in state.items() if not k.startswith("fc.")}
+    for odd, what in (([k for k in state if k not in mine], "holds keys that are not"),
+                      ([k for k in mine if k not in state], "lacks keys"),
+                      ([k for k in mine if k in state and mine[k].shape != state[k].shape], "has other shapes for keys")):
+        if odd:
+            raise UserError(f"--probe {cfg.probe}: {what} of --backbone {cfg.backbone} at --size {cfg.size}: "
+                            f"{', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}")
+    backbone.load_state_dict(state)
+    return backbone
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message, 2)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def announce(text):
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def parse(argv):
+    """-> Config with every recipe filled in, and the set of fields that were given."""
+    parser = Parser("hex.py", description="HEX (WACV 2025). Defaults in brackets; [recipe]: set by --data and --method.",
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+                    usage="hex.py [options]", allow_abbrev=False)
+    groups = {}
+    for each in fields(Config):
+        meta = each.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        argument = dict(meta["argument"])
+        if "choices" in argument:
+            argument["choices"] = argument["choices"] or tuple(METHODS)
+        elif each.type is bool:
+            argument.setdefault("action", "store_true")
+        default = "" if "default" in meta["text"] or each.default is False else \
+            f" [{'recipe' if each.default is None and meta['group'] not in ('running', 'evaluation') else each.default}]"
+        default = default.replace(" [None]", "")
+        groups[meta["group"]].add_argument(flag(each.name), default=argparse.SUPPRESS, help=meta["text"] + default, **argument)
+    given = vars(parser.parse_args(argv))
+    if "probe" in given and "backbone" not in given:                            # the architecture from beside the file
+        beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
+        if not os.path.exists(given["probe"]):
+            raise UserError(f"--probe {given['probe']}: there is no such file", 2)
+        if not os.path.exists(beside):
+            raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name its --backbone", 2)
+        saved = read_config(beside)
+        inherited = {k: saved[k] for k in ("backbone", "norm", "size") if k not in given}
+    else:
+        inherited = {}
+    cfg = Config(**given)
+    recipe = RECIPES[cfg.data] | METHOD_RECIPES.get((cfg.data, cfg.method), {}) | inherited
+    for name, value in recipe.items():
+        if name not in given:
+            setattr(cfg, name, value)
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.device == "cpu" and "amp" not in given:
+        cfg.amp = "off"
+    if cfg.workers is None:
+        cfg.workers = min(12, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // 2)
+    cfg.blur = (0.5 if cfg.size > 64 else 0.0) if cfg.blur is None else cfg.blur
+    cfg.hex_warmup = round(0.1 * cfg.epochs) if cfg.hex_warmup is None else cfg.hex_warmup
+    cfg.lr_warmup = min(10, math.ceil(0.1 * cfg.epochs)) if cfg.lr_warmup is None else cfg.lr_warmup
+    cfg.alpha = METHODS[cfg.method].alpha if cfg.alpha is None else cfg.alpha
+    for name in ("root", "classes", "probe", "label_list"):
+        if getattr(cfg, name):
+            setattr(cfg, name, os.path.abspath(getattr(cfg, name)))
+    check(cfg, set(given))
+    return cfg, given
+
+
+def check(cfg, given):
+    """UserError for flags that contradict each other, or that something given makes meaningless."""
+    heads = {"hidden", "dim", "predictor", "queue", "ema"} - set(inspect.signature(METHODS[cfg.method]).parameters)
+    no_temperature = "temperature" not in inspect.signature(METHODS[cfg.method]).parameters
+    threshold, weights = {"threshold", "quantile"}, {"beta", "tau_plus"}
+    evaluation = {"probe", "data", "root", "classes", "size", "backbone", "norm", "amp", "seed", "probe_epochs",
+                  "label_fraction", "label_list", "out", "device", "workers", "skip_bad_files"}
+    ignored = [
+        (cfg.probe is not None, {each.name for each in fields(Config)} - evaluation, "--probe"),
+        (cfg.loss == "base", threshold | weights | {"alpha", "hex_warmup"}, "--loss base"),
+        (cfg.loss == "base" and no_temperature, {"temperature"}, f"--loss base --method {cfg.method}"),
+        (cfg.loss in ("infonce", "dcl"), threshold | weights, f"--loss {cfg.loss}"),
+        (cfg.loss == "released", weights, "--loss released (its local term is a constant)"),
+        (cfg.threshold != "adaptive", {"quantile"}, f"--threshold {cfg.threshold}"),
+        (cfg.threshold == "oracle" and cfg.loss in ("infonce", "dcl", "base"), {"threshold"}, f"--loss {cfg.loss}"),
+        (True, heads, f"--method {cfg.method}"),
+        (cfg.data == "shapes", {"root"}, "--data shapes"),
+        (cfg.data not in IMAGE_FOLDERS, {"classes", "skip_bad_files", "label_list"}, f"--data {cfg.data}"),
+        (cfg.label_list is not None, {"label_fraction"}, "--label-list"),
+        (cfg.bench is not None, {"out", "checkpoint_every", "log_every", "probe_epochs", "label_fraction", "label_list"}, "--bench"),
+    ]
+    for condition, names, by in ignored:
+        if condition and names & given:
+            name = min(names & given)
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: ignored by {by}; leave it out", 2)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    rules = [
+        (cfg.data in IMAGE_FOLDERS and not cfg.root, f"--data {cfg.data}: needs --root DIR with train/ and val/"),
+        (cfg.data in IMAGE_FOLDERS and cfg.root and not os.path.isdir(cfg.root), f"--root {cfg.root}: no such folder"),
+        (cfg.batch_size % ranks, f"--batch-size {cfg.batch_size}: does not divide over {ranks} ranks; give a multiple"),
+        (cfg.micro_batch and (cfg.batch_size % cfg.micro_batch or cfg.micro_batch % ranks), f"--micro-batch "
+         f"{cfg.micro_batch}: must divide --batch-size {cfg.batch_size} and be a multiple of the {ranks} ranks"),
+        (cfg.epochs and cfg.hex_warmup >= cfg.epochs, f"--hex-warmup {cfg.hex_warmup}: as long as --epochs "
+         f"{cfg.epochs}: the loss would never be used; lower it"),
+        (cfg.epochs and cfg.lr_warmup > cfg.epochs, f"--lr-warmup {cfg.lr_warmup}: longer than --epochs {cfg.epochs}"),
+        (cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"), f"--threshold oracle: --data {cfg.data} "
+         "has no super-classes; use shapes or cifar100"),
+        (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU is visible; use --device cpu"),
+        (cfg.bench and not cfg.epochs, "--bench: --epochs 0 has no step to time"),
+        (cfg.backbone == "pixels" and cfg.epochs and not cfg.probe, "--backbone pixels: nothing to train; add --epochs 0"),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise UserError(message, 2)
+    if cfg.threshold == "oracle":
+        announce("note: --threshold oracle takes H(i) from LABELS: a diagnostic, not self-supervised learning")
+
+
+def read_config(path):
+    try:
+        return json.load(open(path, encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable config.json ({error}); delete it or give another --out") from error
+
+
+def prepare_out(cfg, given, argv):
+    """The run's folder: made, or found to be of the same experiment."""
+    named = {"data", "method", "loss", "seed", "probe"} | NOT_THE_EXPERIMENT
+    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe)) or 'backbone'}" if cfg.probe else f"{cfg.method}-{cfg.loss}"
+    further = "".join(f"-{name}_{os.path.basename(str(given[name]).rstrip('/'))}" for name in given if name not in named)
+    out = cfg.out or os.path.join("runs", re.sub(r"[^\w.+-]", "_", f"{cfg.data}-{about}-s{cfg.seed}{further}"))
+    path = os.path.join(out, "config.json")
+    mine = {key: value for key, value in asdict(cfg).items() if key not in NOT_THE_EXPERIMENT}
+    if os.path.exists(path):
+        saved = read_config(path)
+        odd = [f"{flag(key)} {saved.get(key)} there, {mine[key]} here" for key in mine if saved.get(key) != mine[key]]
+        if odd:
+            raise UserError(f"--out {out}: holds another experiment ({'; '.join(odd)}); give another --out")
+    elif os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
+    elif rank() == 0:
+        try:
+            os.makedirs(out, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made ({error.strerror})") from error
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
+        write(path, json.dumps(dict(config=asdict(cfg), command=["hex.py", *argv], versions=versions), indent=1))
+    if world() > 1:
+        dist.barrier()
+    return out
+
+
+@contextlib.contextmanager
+def process_group(cfg):
+    """Under torchrun, one process a device: NCCL for CUDA, gloo for the CPU."""
+    own = "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized()
+    if own:
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[cfg.device])
+    try:
+        yield
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def run(cfg, given, argv):
+    if cfg.bench:
+        return bench(cfg, load_data(cfg)[0])
+    backbone = load_backbone(cfg) if cfg.probe else None
+    train, val = load_data(cfg)
+    out = prepare_out(cfg, given, argv)
+    results = os.path.join(out, "probe.json")
+    if not os.path.exists(results):
+        announce(f"{out}: {len(train)} train and {len(val)} val pictures; {cfg.batch_size} images give "
+                 f"{2 * cfg.batch_size - 2} negatives an anchor")
+        if backbone is None:
+            model = pretrain(cfg, train, val, out)
+            backbone = model.method.backbone
+            emergence(model, cfg, train, val, os.path.join(out, "neighbours.png"))
+        result = evaluate(backbone, cfg, train, val)
+        if train.bad or val.bad:
+            write(os.path.join(out, "bad_files.txt"), "".join(f"{path}\n" for path in sorted(train.bad | val.bad)))
+        if rank() == 0:
+            write(results, json.dumps(result, indent=1))
+    if world() > 1:
+        dist.barrier()
+    if rank() == 0:
+        result = json.load(open(results, encoding="utf-8"))
+        print(f"{out}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, k-NN {result['knn']:.2f} %")
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        cfg, given = parse(argv)
+        with process_group(cfg):
+            run(cfg, given, argv)
+        return 0
+    except UserError as error:                     # from a loader process its text comes inside a traceback
+        print(f"hex.py: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr, flush=True)
+        return error.status
+    except Interrupted:
+        print("hex.py: interrupted, run the same command again", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
