@@ -95,6 +95,7 @@ class Config:
     crop_min: float = option("data", None, "smallest share of the picture that a crop keeps",
                              type=number(float, 0, 1, open_low=True))
     blur: float = option("data", None, "share of views that are blurred", type=PROBABILITY)
+    grey: float = option("data", None, "share of views without colour", type=PROBABILITY)
     solarise: float = option("data", 0.0, "share of views that are solarised", type=PROBABILITY)
     skip_bad_files: bool = option("data", False, "replace an unreadable file by the next, and list it in bad_files.txt")
 
@@ -149,11 +150,11 @@ NOT_THE_EXPERIMENT = {"out", "workers", "device", "compile", "checkpoint_every",
 # ImageNet and CIFAR: the authors' hyper-parameters (LARS eta 0.02 with clipping); what the authors lack is the usual.
 RECIPES = {
     "imagenet": dict(backbone="resnet50", size=224, epochs=100, lr_warmup=10, batch_size=256, accumulate=1, lr=0.3,
-                     weight_decay=1e-6, crop_min=0.08, temperature=0.1, amp="fp16"),
+                     weight_decay=1e-6, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
     "cifar10": dict(backbone="resnet18", size=32, epochs=400, lr_warmup=10, batch_size=256, accumulate=1, lr=0.4,
-                    weight_decay=1e-4, crop_min=0.08, temperature=0.1, amp="fp16"),
-    "shapes": dict(backbone="resnet10_narrow", size=32, epochs=20, batch_size=256, accumulate=1, lr=1.0,
-                   weight_decay=1e-4, crop_min=0.3, temperature=0.1, amp="off", hidden=256, dim=64, predictor=256,
+                    weight_decay=1e-4, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
+    "shapes": dict(backbone="resnet10_narrow", size=32, epochs=25, batch_size=256, accumulate=1, lr=2.0,
+                   weight_decay=1e-4, crop_min=0.5, grey=1.0, temperature=0.1, amp="off", hidden=256, dim=64, predictor=256,
                    queue=2048),
 }
 RECIPES["folder"] = RECIPES["imagenet"]
@@ -671,7 +672,8 @@ def build_backbone(name, size=224, norm="batch"):
         width = model.get_submodule(linears[-1]).in_features
         setattr(model.get_submodule(parent), leaf, nn.Identity())
         if resnet and size <= 64:
-            model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)
+            stride = 2 if isinstance(model, NarrowResNet) else 1
+            model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride, 1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
             model.maxpool = nn.Identity()
         with torch.no_grad():
@@ -763,20 +765,20 @@ class Folder(torchvision.datasets.ImageFolder):
 
 
 def draw_shapes(count, seed):
-    """The embedded data set: `count` 32x32 pictures of 16 kinds, 3 to 6 corners of polygon, star, flower and frame.
+    """The embedded data set: `count` 32x32 pictures of 12 kinds: polygon, star, flower, frame of 3, 4, 6 corners.
 
     Colours, place, size, angle and background are random: only shape tells. Fine label: kind; coarse: family.
     """
     g = torch.Generator().manual_seed(seed)
-    kind = torch.arange(count) % 16
-    family, corners = kind // 4, (3 + kind % 4).float()[:, None, None]
+    kind = torch.arange(count) % 12
+    family, corners = kind // 3, torch.tensor([3.0, 4.0, 6.0])[kind % 3, None, None]
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=g)
 
     axis = torch.linspace(-1, 1, 64)                                            # drawn at 64 pixels, halved below
-    x, y = (axis.view(shape) - uniform(-0.3, 0.3, 1, 1) for shape in ((1, 1, -1), (1, -1, 1)))
-    radius, angle = torch.hypot(x, y) / uniform(0.4, 0.7, 1, 1), torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
+    x, y = (axis.view(shape) - uniform(-0.2, 0.2, 1, 1) for shape in ((1, 1, -1), (1, -1, 1)))
+    radius, angle = torch.hypot(x, y) / uniform(0.5, 0.8, 1, 1), torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
     half = math.pi / corners                                                    # half the angle of a sector
     phi = (angle % (2 * half) - half).abs()                                     # 0 between corners, `half` at a corner
     polygon = half.cos() / phi.cos()
@@ -785,7 +787,7 @@ def draw_shapes(count, seed):
     edge = torch.stack([polygon, star, flower, polygon])[family, torch.arange(count)]
     hole = ((family == 3)[:, None, None] & (radius < 0.6 * edge))
     inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)        # (count, 1, 32, 32)
-    back, ramp = uniform(0, 1, 3, 1, 1), uniform(-0.3, 0.3, 3, 1, 1) * axis[::2] + uniform(-0.1, 0.1, 3, 32, 32)
+    back, ramp = uniform(0, 1, 3, 1, 1), uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
     ink = (back + uniform(0.35, 0.65, 3, 1, 1)) % 1
     pictures = torch.lerp(back + ramp, ink, inside).clamp(0, 1)
     return Pictures((255 * pictures).byte(), kind, family)
@@ -843,10 +845,10 @@ class Views(torch.utils.data.Dataset):
     the parameters (`augment`). views=0: one centre crop. skip: an unreadable picture is replaced by the next readable.
     """
 
-    def __init__(self, pictures, size, *, views=2, seed=0, crop_min=0.08, blur=0.0, solarise=0.0, colour=True,
-                 skip=False):
+    def __init__(self, pictures, size, *, views=2, seed=0, crop_min=0.08, blur=0.0, solarise=0.0, grey=0.2,
+                 colour=True, skip=False):
         self.pictures, self.size, self.views, self.seed, self.crop_min = pictures, size, views, seed, crop_min
-        self.blur, self.solarise, self.colour, self.skip = blur, solarise, colour, skip
+        self.blur, self.solarise, self.grey, self.colour, self.skip = blur, solarise, grey, colour, skip
 
     def __len__(self):
         return len(self.pictures)
@@ -878,7 +880,7 @@ class Views(torch.utils.data.Dataset):
         factors = [rng.uniform(0.2, 1.8) for _ in range(3)] + [rng.uniform(-0.2, 0.2)]
         sigma = rng.uniform(0.1, 2.0)
         return crop, [flip < 0.5, *(factors if self.colour and jitter < 0.8 else (1, 1, 1, 0)),
-                      self.colour and grey < 0.2, sigma if blur < self.blur else 0, solarise < self.solarise]
+                      self.colour and grey < self.grey, sigma if blur < self.blur else 0, solarise < self.solarise]
 
 
 def luminance(x):
@@ -1249,7 +1251,7 @@ def emergence(model, cfg, train, val, picture=None):
     share = min(256, len(train)) // world()
     fixed = permutation(len(train), "fixed")[:share * world()]
     mine = fixed[rank() * share:(rank() + 1) * share]
-    views = Views(train, cfg.size, seed="fixed", crop_min=cfg.crop_min, skip=cfg.skip_bad_files)
+    views = Views(train, cfg.size, seed="fixed", crop_min=cfg.crop_min, grey=cfg.grey, skip=cfg.skip_bad_files)
     crops, parameters, _, used = next(iter(loader(views, [[(0, i) for i in mine.tolist()]], cfg)))
     x1, x2 = (augment(crops[:, v].to(cfg.device), parameters[:, v].to(cfg.device)) for v in (0, 1))
     with autocast(cfg):
@@ -1313,7 +1315,7 @@ def pretrain(cfg, train, val, out):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint of this run ({error}); delete it to start again") from error
     note = Metrics(out, step)
-    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
+    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise, grey=cfg.grey,
                   skip=cfg.skip_bad_files)
     source, bar = loader(views, batches, cfg), tqdm(total=total, initial=step, disable=rank() > 0, unit="step")
     warned = False
@@ -1382,7 +1384,7 @@ def bench(cfg, train):
     batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
     if not len(batches):
         raise UserError(f"--batch-size {cfg.batch_size}: more than the {len(train)} train pictures; lower it", 2)
-    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
+    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise, grey=cfg.grey,
                   skip=cfg.skip_bad_files)
     source, per_epoch, steps = loader(views, batches, cfg), len(batches) // cfg.accumulate, []
 
