@@ -149,12 +149,12 @@ NOT_THE_EXPERIMENT = {"out", "workers", "device", "compile", "checkpoint_every",
 
 # ImageNet and CIFAR: the authors' hyper-parameters (LARS eta 0.02 with clipping); what the authors lack is the usual.
 RECIPES = {
-    "imagenet": dict(backbone="resnet50", size=224, epochs=100, lr_warmup=10, batch_size=256, accumulate=1, lr=0.3,
+    "imagenet": dict(backbone="resnet50", size=224, epochs=100, batch_size=256, accumulate=1, lr=0.3,
                      weight_decay=1e-6, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
-    "cifar10": dict(backbone="resnet18", size=32, epochs=400, lr_warmup=10, batch_size=256, accumulate=1, lr=0.4,
+    "cifar10": dict(backbone="resnet18", size=32, epochs=400, batch_size=256, accumulate=1, lr=0.4,
                     weight_decay=1e-4, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
-    "shapes": dict(backbone="resnet10_narrow", size=32, epochs=25, batch_size=256, accumulate=1, lr=2.0,
-                   weight_decay=1e-4, crop_min=0.5, grey=1.0, temperature=0.1, amp="off", hidden=256, dim=64, predictor=256,
+    "shapes": dict(backbone="resnet10_narrow", size=32, epochs=25, batch_size=256, accumulate=1, lr=4.0,
+                   weight_decay=1e-4, crop_min=0.5, grey=1.0, temperature=0.2, amp="off", hidden=256, dim=64, predictor=256,
                    queue=2048),
 }
 RECIPES["folder"] = RECIPES["imagenet"]
@@ -167,7 +167,6 @@ METHOD_RECIPES = {  # where a method's differs from its data's
     ("imagenet", "simsiam"): dict(lr=0.05, weight_decay=1e-4),
     ("cifar10", "mocov3"): dict(temperature=0.2),
     ("cifar100", "mocov3"): dict(temperature=0.2),
-    ("shapes", "mocov3"): dict(temperature=0.2),
     ("shapes", "byol"): dict(ema=0.97),
 }
 
