@@ -189,7 +189,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # (M, ...) -> (world M, ...)
         out = x.new_empty(world() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
+        dist.all_gather_single(out, x.contiguous())
         return out
 
     @staticmethod
@@ -1314,8 +1314,8 @@ def pretrain(cfg, train, val, out):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint of this run ({error}); delete it to start again") from error
     note = Metrics(out, step)
-    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise, grey=cfg.grey,
-                  skip=cfg.skip_bad_files)
+    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
+                  grey=cfg.grey, skip=cfg.skip_bad_files)
     source, bar = loader(views, batches, cfg), tqdm(total=total, initial=step, disable=rank() > 0, unit="step")
     warned = False
 
@@ -1383,8 +1383,8 @@ def bench(cfg, train):
     batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
     if not len(batches):
         raise UserError(f"--batch-size {cfg.batch_size}: more than the {len(train)} train pictures; lower it", 2)
-    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise, grey=cfg.grey,
-                  skip=cfg.skip_bad_files)
+    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
+                  grey=cfg.grey, skip=cfg.skip_bad_files)
     source, per_epoch, steps = loader(views, batches, cfg), len(batches) // cfg.accumulate, []
 
     def forever():
@@ -1401,7 +1401,8 @@ def bench(cfg, train):
             steps.append({stage: sum(ms for name, ms in spans if name == stage) for stage, _ in spans})
     whole = sorted(sum(each.values()) for each in steps)[len(steps) // 2]
     announce(f"{cfg.data} {cfg.method} {cfg.loss} {cfg.backbone} batch {cfg.batch_size} x {cfg.accumulate} on "
-             f"{cfg.device} x {world()}, {torch.get_num_threads()} threads, {cfg.workers} workers: median of {cfg.bench} steps")
+             f"{cfg.device} x {world()}, {torch.get_num_threads()} threads, {cfg.workers} workers: "
+             f"median of {cfg.bench} steps")
     for stage in ("load", "augment", "forward", "loss", "backward", "optimiser"):
         middle = sorted(each.get(stage, 0) for each in steps)[len(steps) // 2]
         announce(f"{stage:10} {middle:9.2f} ms {middle / whole:6.1%}")
@@ -1572,7 +1573,8 @@ def evaluate(backbone, cfg, train, val):
     if digest(backbone.state_dict()) != before:
         raise RuntimeError("the frozen backbone changed during the probe: its accuracy means nothing")
     return result | dict(rate=RATES[best], holdout=dict(zip(map(str, RATES), chosen, strict=True)), epochs=cfg.probe_epochs,
-                         features="centre crops, cached" if cached else "crops and flips", train=len(fit), held_out=len(hold),
+                         features="centre crops, cached" if cached else "crops and flips", train=len(fit),
+                         held_out=len(hold),
                          val=len(test_targets), knn_bank=len(bank_targets), labels_sha256=mark, backbone_sha256=before,
                          seconds=round(time.time() - started, 1))
 
@@ -1629,7 +1631,8 @@ def parse(argv):
         default = "" if "default" in meta["text"] or each.default is False else \
             f" [{'recipe' if each.default is None and meta['group'] not in ('running', 'evaluation') else each.default}]"
         default = default.replace(" [None]", "")
-        groups[meta["group"]].add_argument(flag(each.name), default=argparse.SUPPRESS, help=meta["text"] + default, **argument)
+        groups[meta["group"]].add_argument(flag(each.name), default=argparse.SUPPRESS, help=meta["text"] + default,
+                                           **argument)
     given = vars(parser.parse_args(argv))
     if "probe" in given and "backbone" not in given:                            # the architecture from beside the file
         beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
@@ -1681,7 +1684,8 @@ def check(cfg, given):
         (cfg.data == "shapes", {"root"}, "--data shapes"),
         (cfg.data not in IMAGE_FOLDERS, {"classes", "skip_bad_files", "label_list"}, f"--data {cfg.data}"),
         (cfg.label_list is not None, {"label_fraction"}, "--label-list"),
-        (cfg.bench is not None, {"out", "checkpoint_every", "log_every", "probe_epochs", "label_fraction", "label_list"}, "--bench"),
+        (cfg.bench is not None, {"out", "checkpoint_every", "log_every", "probe_epochs", "label_fraction", "label_list"},
+         "--bench"),
     ]
     for condition, names, by in ignored:
         if condition and names & given:
@@ -1720,7 +1724,7 @@ def read_config(path):
 def prepare_out(cfg, given, argv):
     """The run's folder: made, or found to be of the same experiment."""
     named = {"data", "method", "loss", "seed", "probe"} | NOT_THE_EXPERIMENT
-    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe)) or 'backbone'}" if cfg.probe else f"{cfg.method}-{cfg.loss}"
+    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}" if cfg.probe else f"{cfg.method}-{cfg.loss}"
     further = "".join(f"-{name}_{os.path.basename(str(given[name]).rstrip('/'))}" for name in given if name not in named)
     out = cfg.out or os.path.join("runs", re.sub(r"[^\w.+-]", "_", f"{cfg.data}-{about}-s{cfg.seed}{further}"))
     path = os.path.join(out, "config.json")

@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Tests of hex.py. First the loss: the equations again as loops, closed forms, the authors' numbers, two ranks."""
+import hashlib
+import json
 import math
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
 from itertools import product
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torchvision
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
 
 import hex as hx
 
@@ -85,7 +98,7 @@ def agree(got, want, tol=1e-10):
     """Loss and gradient (dtypes too), and the stats that both have."""
     torch.testing.assert_close(got[:2], want[:2], rtol=tol, atol=tol)
     both = got[2].keys() & want[2].keys()
-    assert {k: got[2][k] for k in both} == pytest.approx({k: want[2][k] for k in both}, abs=tol)
+    assert {k: got[2][k] for k in both} == pytest.approx({k: want[2][k] for k in both}, abs=tol, nan_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ the loss: the loops
@@ -338,3 +351,416 @@ def test_two_ranks_are_one(tmp_path):
     eps, H = hx.local_mask(*lopsided())
     torch.testing.assert_close([eps0, eps1], [eps, eps])
     assert torch.cat([H0[:4], H1[:4], H0[4:], H1[4:]]).equal(H.sum(1)) and H0.sum() > 0 == H1.sum()
+
+
+# ------------------------------------------------------------------------------- augmentation, views, optimiser, data
+def test_augmentation_is_torchvisions_picture_by_picture():
+    crops = torch.randint(0, 256, (6, 3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    parameters = torch.tensor([[1, 1.5, 0.4, 1.7, 0.15, 0, 1.3, 1], [0, 0.3, 1.8, 0.2, -0.2, 1, 0, 0],
+                               [1, 1, 1, 1, 0, 0, 0.1, 0], [0, 1.8, 1.2, 0.9, 0.05, 0, 2.0, 1],
+                               [0, 1, 1, 1, 0, 0, 0, 0], [1, 0.7, 0.6, 0.5, -0.1, 1, 0.7, 1]])
+    got = hx.augment(crops, parameters, blur=True, solarise=True)
+    for crop, (flip, brightness, contrast, saturation, hue, grey, sigma, solarise), view in zip(
+            crops, parameters.tolist(), got, strict=True):
+        x = crop.float() / 255
+        x = tv.horizontal_flip(x) if flip else x
+        x = tv.adjust_contrast(tv.adjust_brightness(x, brightness), contrast)
+        x = tv.adjust_hue(tv.adjust_saturation(x, saturation), hue)
+        x = tv.rgb_to_grayscale(x, 3) if grey else x
+        x = tv.gaussian_blur(x, [5, 5], [sigma, sigma]) if sigma else x
+        x = tv.solarize(x, 0.5) if solarise else x
+        torch.testing.assert_close(view, tv.normalize(x, hx.MEAN, hx.STD), rtol=0, atol=2e-5)
+
+
+def test_a_view_depends_on_seed_epoch_index_and_view_alone():
+    pictures = hx.draw_shapes(24, 3)
+    views = hx.Views(pictures, 32, seed=5, blur=0.5, solarise=0.3)
+    keys = [(2, i) for i in range(24)]
+    alone = [views[key] for key in keys]
+    for workers, batch in ((0, 8), (1, 6), (2, 4)):
+        loader = torch.utils.data.DataLoader(views, batch_sampler=[keys[i:i + batch] for i in range(0, 24, batch)],
+                                             num_workers=workers)
+        for got, want in zip((torch.cat(each) for each in zip(*loader, strict=True)), zip(*alone, strict=True),
+                             strict=True):
+            assert torch.equal(got, torch.stack([torch.as_tensor(w) for w in want]))
+    assert not torch.equal(alone[0][0][0], alone[0][0][1])                  # the two views
+    assert not torch.equal(views[3, 0][0], alone[0][0])                     # another epoch
+    assert not torch.equal(hx.Views(pictures, 32, seed=6)[2, 0][0], alone[0][0])
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_lars_is_the_step_by_hand(clip):
+    w, bias = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0])
+    w, bias = w.requires_grad_(), bias.requires_grad_()
+    optimizer = hx.LARS([w, bias], 0.5, momentum=0.9, weight_decay=0.1, eta=0.02, clip=clip)
+    x, m, b, mb = [3.0, 4.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0]
+    for grad in ([0.6, 0.8], [0.0, 0.001]):
+        w.grad, bias.grad = torch.tensor([grad]), torch.tensor(grad)
+        optimizer.step()
+        ratio = 0.02 * math.hypot(*x) / (math.hypot(*grad) + 0.1 * math.hypot(*x) + 1e-8)
+        ratio = min(ratio / 0.5, 1) if clip else ratio
+        m = [0.9 * mi + ratio * (g + 0.1 * xi) for mi, g, xi in zip(m, grad, x, strict=True)]
+        x = [xi - 0.5 * mi for xi, mi in zip(x, m, strict=True)]
+        mb = [0.9 * mi + g for mi, g in zip(mb, grad, strict=True)]
+        b = [bi - 0.5 * mi for bi, mi in zip(b, mb, strict=True)]
+        torch.testing.assert_close(w.detach(), torch.tensor([x]))
+        torch.testing.assert_close(bias.detach(), torch.tensor(b))
+
+
+def test_the_rate_is_a_pure_function_of_the_step():
+    assert [hx.learning_rate(s, 10, 2, 4.0) for s in (0, 1, 2, 6)] == pytest.approx([2, 4, 4, 2])
+    assert hx.learning_rate(10, 10, 2, 4.0) == pytest.approx(0)
+
+
+def test_batches_are_the_same_for_every_world_and_resume(monkeypatch):
+    def of_rank(r, w, start=0):
+        monkeypatch.setattr(hx, "rank", lambda: r)
+        monkeypatch.setattr(hx, "world", lambda: w)
+        batches = hx.Batches(torch.arange(50), 8, 0, "order", groups=2)
+        batches.start, batches.epoch = start, 1
+        return list(batches)
+    whole = of_rank(0, 1)
+    assert len(whole) == 6 and len({i for batch in whole for i in batch}) == 48
+    assert [a + b for a, b in zip(of_rank(0, 2), of_rank(1, 2), strict=True)] == whole
+    assert of_rank(0, 1, start=4) == whole[4:]
+
+
+# ---------------------------------------------------------------------------------------------------------- the methods
+HEADS = {"simclr": {}, "nnclr": dict(predictor=8, queue=10), "mocov3": dict(predictor=8), "byol": dict(predictor=8),
+         "simsiam": dict(predictor=8), "barlow": {}, "vicreg": {}}
+
+
+def method(name, **further):
+    torch.manual_seed(0)
+    return hx.METHODS[name](torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 16)), 16, hidden=8, dim=6,
+                            **HEADS[name], **further)
+
+
+def naive_own(name, e, made):
+    """Each paper's loss, in float64 loops over rows or columns."""
+    e = [x.double() for x in e]
+    unit = [x / x.norm(dim=1, keepdim=True) for x in e]
+
+    def cos(i, j):
+        return sum(float(u @ v) for u, v in zip(unit[i], unit[j], strict=True)) / len(e[0])
+
+    def cross_entropy(a, b, t):
+        logits = [[float(u @ v) / t for v in b] for u in a]
+        return sum(math.log(sum(map(math.exp, row))) - row[i] for i, row in enumerate(logits)) / len(a)
+
+    if name == "simclr":
+        return float(naive("info_nce")(*e, t=0.1)[0])
+    if name == "nnclr":
+        queue = made.queue.double()
+        near = [torch.stack([max(queue, key=lambda q, z=z: float(q @ z)) for z in unit[i]]) for i in (2, 3)]
+        return (cross_entropy(near[0], unit[1], 0.1) + cross_entropy(near[1], unit[0], 0.1)) / 2
+    if name == "mocov3":
+        return 2 * (cross_entropy(unit[0], unit[5], 1.0) + cross_entropy(unit[1], unit[4], 1.0))
+    if name == "byol":
+        return 4 - 2 * cos(0, 5) - 2 * cos(1, 4)
+    if name == "simsiam":
+        return -(cos(0, 3) + cos(1, 2)) / 2
+    N, D = e[0].shape
+    if name == "barlow":
+        a, b = ((x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() for x in e)
+        c = [[float((a[:, i] * b[:, j]).mean()) for j in range(D)] for i in range(D)]
+        return 0.024 * sum((c[i][i] - 1) ** 2 if i == j else 0.0051 * c[i][j] ** 2 for i in range(D) for j in range(D))
+    variance = sum(max(0.0, 1 - math.sqrt(float(z[:, d].var()) + 1e-4)) for z in e for d in range(D)) / D
+    covariance = sum(float(((z[:, i] - z[:, i].mean()) * (z[:, j] - z[:, j].mean())).sum() / (N - 1)) ** 2
+                     for z in e for i in range(D) for j in range(D) if i != j) / D
+    return 25 * float((e[0] - e[1]).square().mean()) + 25 * variance + covariance
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_own_loss_is_its_papers(name):
+    made, g = method(name), torch.Generator().manual_seed(1)
+    count = len(made(*torch.randn(2, 4, 3, 2, 2, generator=g)))
+    e = [torch.randn(9, 6, generator=g) for _ in range(count)]
+    assert float(made.loss(*e)[0]) == pytest.approx(naive_own(name, e, made), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", hx.LOSSES)
+@pytest.mark.parametrize("name", HEADS)
+def test_every_method_with_every_loss_reaches_every_parameter(name, loss):
+    model = hx.HEX(method(name), loss, threshold=hx.AdaptiveThreshold(0.8))
+    value, stats = model.loss(*model(*torch.randn(2, 8, 3, 2, 2)))
+    value.backward()
+    assert value.isfinite() and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert {"hex": "clamped", "released": "clamped"}.get(loss, "own") in stats
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.after_step(0.5)
+    assert any(not torch.equal(before[k], v) for k, v in model.state_dict().items()) == (name == "nnclr") or "target" in str(
+        list(before))
+
+
+def test_alpha_and_scale_mix_the_losses():
+    made = method("vicreg")
+    e = torch.randn(2, 8, 6)
+    own, want = made.loss(*e)[0], hx.info_nce(*e, 0.1)
+    assert float(hx.HEX(made, "infonce").loss(*e)[0]) == pytest.approx(float(0.9 * own + 0.1 * 5 * want), rel=1e-5)
+    assert torch.equal(hx.HEX(made, "infonce", warmup=1).loss(*e, epoch=0)[0], own)
+
+
+def test_the_queue_wraps_around_and_the_target_follows():
+    made = method("nnclr")                                                   # a queue of 10
+    for turn in range(3):
+        z = torch.randn(4, 6)
+        made.loss(z, z, z, z)
+        made.after_step(0)
+        where = [(4 * turn + i) % 10 for i in range(4)]
+        torch.testing.assert_close(made.queue[where], torch.nn.functional.normalize(z))
+    made = method("byol")
+    old, online = made.target[0][1].weight.clone(), made.backbone[1].weight
+    with torch.no_grad():
+        online += 1
+    made.after_step(0.5)                                                     # halfway: 1 - (1 - 0.99) / 2
+    torch.testing.assert_close(made.target[0][1].weight, 0.995 * old + 0.005 * online)
+
+
+# ------------------------------------------------------------------------------------ the CUDA path, without a CUDA GPU
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Tensors on device cuda that hold no values, and 8 ranks that do not exist: devices and dtypes alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    monkeypatch.setattr(torch.amp.autocast_mode.torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.device("cuda"):
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_cuda_path_walked_with_fake_tensors(fake_cuda, dtype):
+    crops, parameters = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), torch.rand(8, 8)
+    x1, x2 = hx.augment(crops, parameters, blur=True, solarise=True).chunk(2)
+    made = hx.SimCLR(hx.NarrowResNet(), 1000, hidden=64, dim=32)
+    with torch.autocast("cuda", dtype=dtype):
+        z1, z2 = made(x1, x2)
+        assert z1.dtype == dtype and z1.device.type == "cuda"
+        for loss in hx.LOSSES:
+            value, stats = hx.HEX(made, loss, threshold=hx.AdaptiveThreshold(0.9)).loss(z1, z2)
+            assert value.dtype == torch.float32 and value.device.type == "cuda"
+            assert all(each.device.type == "cuda" for each in stats.values())
+    params = list(made.parameters())
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    hx.LARS(params, 0.1, weight_decay=1e-4).step()
+    with pytest.raises(Exception, match="device|cpu"):
+        hx.augment(crops, parameters.to("cpu"))
+    with pytest.raises(Exception, match="device|cpu"):
+        hx.hex_nce(z1.float(), z2.float().to("cpu"))
+
+
+# -------------------------------------------------------------------------------------------------- the real command
+SMALL = ["--epochs", "2", "--batch-size", "64", "--probe-epochs", "2", "--workers", "0", "--log-every", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    draw = hx.draw_shapes
+    monkeypatch.setattr(hx, "draw_shapes", lambda count, seed: draw(count // 16, seed))
+
+
+def events(out):
+    return [json.loads(line) for line in open(out / "metrics.jsonl")]
+
+
+def told(capsys, *argv):
+    """-> status, lines on stderr that are an error."""
+    status = hx.main([str(each) for each in argv])
+    captured = capsys.readouterr().err
+    assert "Traceback" not in captured
+    return status, [line for line in captured.splitlines() if "hex.py: error" in line]
+
+
+def test_a_run_its_files_its_resume_and_its_probe(tmp_path, small_shapes, capsys, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert hx.main([*SMALL, "--out", str(whole)]) == 0
+    assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "backbone.pt", "probe.json",
+                                                 "neighbours.png"}
+    assert {"top1", "top5", "knn"} <= json.load(open(whole / "probe.json")).keys()
+    assert {"purity", "chance", "purity_coarse", "rankme", "knn", "std"} <= events(whole)[0].keys()
+    assert hx.main([*SMALL, "--out", str(whole)]) == 0 and "top-1" in capsys.readouterr().out
+    status, lines = told(capsys, *SMALL, "--beta", "0.5", "--out", whole)
+    assert status == 1 and len(lines) == 1 and "--beta 1.0 there, 0.5 here" in lines[0]
+
+    step, stops = hx.Trainer.step, iter([False, True, False, False, True, False, False, False])
+    monkeypatch.setattr(hx.Trainer, "step", lambda self, *a: (step(self, *a), setattr(self, "stop", next(stops)))[0])
+    statuses = [hx.main([*SMALL, "--out", str(killed)]) for _ in range(3)]      # stopped mid-epoch, twice
+    assert statuses == [hx.INTERRUPTED, hx.INTERRUPTED, 0]
+    assert (whole / "backbone.pt").read_bytes() == (killed / "backbone.pt").read_bytes()
+    timing = {"images_per_second", "data_wait"}
+    assert [{k: v for k, v in e.items() if k not in timing} for e in events(whole)] == \
+        [{k: v for k, v in e.items() if k not in timing} for e in events(killed)]
+
+    backbone, quick = whole / "backbone.pt", ["--probe-epochs", "2", "--workers", "0"]
+    assert hx.main(["--probe", str(backbone), *quick, "--out", str(tmp_path / "p")]) == 0
+    assert json.load(open(tmp_path / "p" / "probe.json"))["top1"] == json.load(open(whole / "probe.json"))["top1"]
+    state = torch.load(backbone, weights_only=True)
+    for name, bad in (("foreign", state | {"head.weight": torch.ones(2)}), ("other", {**state, "conv1.weight": torch.ones(2)})):
+        torch.save(bad, whole / f"{name}.pt")
+        status, lines = told(capsys, "--probe", whole / f"{name}.pt", *quick, "--out", tmp_path / name)
+        assert status == 1 and len(lines) == 1 and ("head.weight" in lines[0] or "conv1.weight" in lines[0])
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, (str(Bomb.path), "w"))
+
+
+def test_files_are_read_without_running_code(tmp_path, capsys):
+    Bomb.path = tmp_path / "went off"
+    torch.save({"conv1.weight": Bomb()}, tmp_path / "bomb.pt")
+    status, lines = told(capsys, "--probe", tmp_path / "bomb.pt", "--backbone", "resnet10_narrow", "--out", tmp_path / "o")
+    assert status == 1 and "bomb.pt" in lines[0] and not Bomb.path.exists()
+
+
+def picture_folder(root, count=40):
+    rng = random.Random(0)
+    for split, each in (("train", count), ("val", 6)):
+        for name in ("a b", "ü"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(each):
+                mode, suffix = [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"),
+                                ("I;16", "png")][i % 6]
+                size = (1, 1) if i == 7 else (rng.randint(20, 60), rng.randint(20, 60))
+                Image.effect_noise(size, 99).convert("L").convert(mode if mode != "I;16" else "I").convert(mode).save(
+                    root / split / name / f"{i}.{suffix}")
+            (root / split / name / "3.png").rename(root / split / name / "3.JPEG")
+
+
+FOLDER = ["--data", "folder", "--size", "32", "--backbone", "resnet10_narrow", "--hidden", "32", "--dim", "16", "--batch-size",
+          "16", "--epochs", "1", "--probe-epochs", "1", "--lr", "1", "--device", "cpu"]
+
+
+def test_a_folder_of_odd_pictures_then_bad_ones(tmp_path, capsys):
+    root = tmp_path / "data"
+    picture_folder(root)
+    assert hx.main([*FOLDER, "--root", str(root), "--out", str(tmp_path / "good"), "--workers", "1"]) == 0
+    bad = [root / "train/a b/zero.jpg", root / "train/a b/text.JPEG", root / "train/ü/cut.jpg", root / "train/ü/dangling.png"]
+    bad[0].write_bytes(b"")
+    bad[1].write_text("no picture")
+    bad[2].write_bytes((root / "train/ü/0.jpg").read_bytes()[:200])
+    bad[3].symlink_to(root / "nowhere.png")
+    for workers in (0, 1):
+        status, lines = told(capsys, *FOLDER, "--root", root, "--workers", workers, "--out", tmp_path / f"bad{workers}")
+        assert status == 1 and len(lines) == 1 and any(str(path) in lines[0] for path in bad)
+        assert "--skip-bad-files" in lines[0]
+    out = tmp_path / "skip"
+    assert hx.main([*FOLDER, "--root", str(root), "--workers", "1", "--skip-bad-files", "--out", str(out)]) == 0
+    assert (out / "bad_files.txt").read_text().splitlines() == sorted(map(str, bad))
+
+
+def test_cifar_from_an_archive_in_its_own_format(tmp_path, monkeypatch):
+    folder, sums = tmp_path / "cifar-10-batches-py", {}
+    folder.mkdir()
+    draw = random.Random(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+        content = {"label_names": list("abcdefghij")} if name == "batches.meta" else {
+            "data": numpy.frombuffer(draw.randbytes(40 * 3072), dtype=numpy.uint8).reshape(40, 3072), "labels": [*range(10)] * 4}
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    shutil.rmtree(folder)
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5((tmp_path / "cifar-10-python.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setattr(kind, "train_list", [[n, sums[n]] for n in sums if n.startswith("data")])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    assert hx.main(["--data", "cifar10", "--root", str(tmp_path), "--backbone", "resnet10_narrow", "--hidden", "32", "--epochs",
+                    "1", "--batch-size", "64", "--probe-epochs", "1", "--workers", "0", "--out", str(tmp_path / "o"),
+                    "--device", "cpu"]) == 0
+
+
+def test_the_probe_of_separable_features_is_perfect_and_leaves_the_backbone_alone():
+    g = torch.Generator().manual_seed(0)
+    targets = torch.arange(200) % 4
+    pictures = (torch.eye(4)[targets][:, :, None, None] * 200 + torch.rand(200, 4, 8, 8, generator=g) * 20)[:, :3].byte()
+    data = hx.Pictures(pictures, targets)
+    cfg, _ = hx.parse(["--epochs", "0", "--backbone", "pixels", "--size", "8", "--workers", "0", "--probe-epochs", "20",
+                       "--device", "cpu"])
+    result = hx.evaluate(hx.build_backbone("pixels", 8)[0], cfg, data, data)
+    assert result["top1"] == result["top5"] == result["knn"] == 100
+
+
+def test_label_fractions_are_balanced_and_deterministic():
+    cfg, _ = hx.parse(["--label-fraction", "0.1"])
+    data = hx.Pictures(torch.zeros(1003, 1), torch.arange(1003) % 7)
+    chosen = hx.labelled_pictures(cfg, data)
+    assert len(chosen) == 100 and set(data.targets[chosen].bincount().tolist()) == {14, 15}
+    assert torch.equal(chosen, hx.labelled_pictures(cfg, data))
+
+
+def test_micro_batches_give_the_whole_gradient(tmp_path):
+    argv = ["--batch-size", "32", "--norm", "group", "--workers", "0", "--device", "cpu"]
+    grads = []
+    views = hx.Views(hx.draw_shapes(32, 0), 32)
+    crops, parameters, *_ = zip(*(views[0, i] for i in range(32)), strict=True)
+    for further in ([], ["--micro-batch", "8"]):
+        trainer = hx.Trainer(hx.parse(argv + further)[0])
+        trainer.gradients(torch.stack(crops), torch.stack(parameters), 5, None, True)
+        grads.append([p.grad for p in trainer.model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+    assert hx.main(["--micro-batch", "32", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "o")]) == 2
+
+
+def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, small_shapes, monkeypatch, capsys):
+    loss = hx.HEX.loss
+    monkeypatch.setattr(hx.HEX, "loss", lambda self, *e, **k: (loss(self, *e, **k)[0] * math.nan, {}))
+    trainer = hx.Trainer(hx.parse([*SMALL, "--method", "byol"])[0])
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items() if "running" not in k and "tracked" not in k}
+    data = hx.draw_shapes(1024, 0)
+    trainer.step(iter(hx.loader(hx.Views(data, 32), hx.Batches(torch.arange(64), 64, 0), trainer.cfg)), data, 0, 9, 9)
+    assert trainer.skipped == 1 and all(torch.equal(v, trainer.model.state_dict()[k]) for k, v in before.items())
+    status, lines = told(capsys, *SMALL, "--epochs", "4", "--out", tmp_path / "o")
+    assert status == 1 and "not finite" in lines[0]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """The real command under torchrun: the losses of 20 steps, to 1e-4."""
+    command = ["hex.py", *SMALL, "--batch-size", "256", "--norm", "group", "--epochs", "2", "--method", "nnclr"]
+    for n, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"])):
+        subprocess.run([sys.executable, *launcher, *command, "--out", tmp_path / str(n)], check=True, capture_output=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=os.path.dirname(hx.__file__))
+    one, two = ([e["loss"] for e in events(tmp_path / n) if e["event"] == "step"] for n in "12")
+    assert len(one) == 32 and one == pytest.approx(two, abs=1e-4)
+
+
+BAD = [
+    ("--bogus", 2, "--bogus"), ("--loss nce", 2, "--loss"), ("--method mocov2", 2, "--method"), ("--data mnist", 2, "--data"),
+    ("--quantile 0", 2, "--quantile"), ("--quantile 1", 2, "--quantile"), ("--quantile x", 2, "--quantile"),
+    ("--tau-plus 1", 2, "--tau-plus"), ("--beta -1", 2, "--beta"), ("--temperature 0", 2, "--temperature"),
+    ("--alpha 2", 2, "--alpha"), ("--epochs -1", 2, "--epochs"), ("--batch-size 1", 2, "--batch-size"),
+    ("--lr 0", 2, "--lr"), ("--amp fp8", 2, "--amp"), ("--seed 1.5", 2, "--seed"), ("--workers -1", 2, "--workers"),
+    ("--loss infonce --beta 2", 2, "--loss infonce"), ("--loss base --alpha 0.5", 2, "--loss base"),
+    ("--loss released --tau-plus 0.2", 2, "released"), ("--threshold step --quantile 0.9", 2, "--threshold step"),
+    ("--queue 8", 2, "--method simclr"), ("--loss base --method byol --temperature 1", 2, "--temperature"),
+    ("--root x", 2, "--root"), ("--skip-bad-files", 2, "--skip-bad-files"), ("--data folder", 2, "--root"),
+    ("--data folder --root nowhere", 2, "nowhere"), ("--data folder --root flat", 2, "train"),
+    ("--data folder --root odd", 1, "different classes"), ("--data folder --root flatval", 1, "val"),
+    ("--data cifar10 --threshold oracle", 2, "oracle"), ("--hex-warmup 3 --epochs 3", 2, "--hex-warmup"),
+    ("--batch-size 100000", 2, "--batch-size"), ("--backbone resnet19", 2, "resnet18"), ("--backbone squeezenet1_0", 2, "Linear"),
+    ("--backbone vgg11 --norm group", 2, "--norm group"), ("--probe nowhere.pt", 2, "nowhere.pt"),
+    ("--probe text --backbone resnet18", 1, "text"), ("--label-fraction 0.0001 --epochs 0", 2, "--label-fraction"),
+    ("--label-fraction 2", 2, "--label-fraction"), ("--out text", 1, "text"), ("--out flat", 1, "flat"),
+    ("--micro-batch 7", 2, "--micro-batch"), ("--device cuda", 2, "--device cuda"),
+    ("--probe text --backbone resnet18 --loss hex", 2, "--probe"), ("--backbone pixels", 2, "--epochs 0"),
+]
+
+
+@pytest.mark.parametrize("argv, status, word", BAD, ids=[each[0] for each in BAD])
+def test_bad_input_is_one_clear_line(argv, status, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "text").write_text("not a file of tensors")
+    for path in ("flat/x", "odd/train/a", "odd/train/b", "odd/val/a", "odd/val/c", "flatval/train/a", "flatval/val"):
+        (tmp_path / path).mkdir(parents=True)
+    for path in ("odd/train/a/1.jpg", "odd/train/b/1.jpg", "odd/val/a/1.jpg", "odd/val/c/1.jpg", "flatval/train/a/1.jpg",
+                 "flatval/val/1.jpg"):
+        (tmp_path / path).write_text("")
+    got, lines = told(capsys, *argv.split())
+    assert got == status and len(lines) == 1 and word in lines[0]
