@@ -234,13 +234,13 @@ def similarities(a, b):
 def info_nce(a, b, temperature=0.1):
     """InfoNCE (NT-Xent, Chen et al. 2020). a, b: (N / world, D), row-aligned, any scale; scalar, this rank's mean."""
     cosine, self_, _, s_p = similarities(a, b)
-    return ((cosine / temperature).masked_fill(self_, -math.inf).logsumexp(1) - s_p / temperature).mean()
+    return ((cosine / temperature).masked_fill_(self_, -math.inf).logsumexp(1) - s_p / temperature).mean()
 
 
 def dcl(a, b, temperature=0.1):
     """Decoupled contrastive loss (Yeh et al. 2022): InfoNCE without the positive in the denominator."""
     cosine, self_, positive, s_p = similarities(a, b)
-    return ((cosine / temperature).masked_fill(self_ | positive, -math.inf).logsumexp(1) - s_p / temperature).mean()
+    return ((cosine / temperature).masked_fill_(self_ | positive, -math.inf).logsumexp(1) - s_p / temperature).mean()
 
 
 @torch.no_grad()
@@ -345,7 +345,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
     else:
         row = local.nonzero()[:, 0]                                    # the anchor of each of the K pairs in H
         s_h = cosine[local] / tau                                      # (K,)
-        rest = (cosine / tau).masked_fill(self_ | local, -math.inf).logsumexp(1)     # log[ e^{s_ip/tau} + sum_G ]
+        rest = (cosine / tau).masked_fill_(self_ | local, -math.inf).logsumexp(1)     # log[ e^{s_ip/tau} + sum_G ]
         with torch.no_grad():
             top = s_h.new_full(size.shape, -math.inf).scatter_reduce(0, row, s_h, "amax")
             scale = torch.maximum(rest, top)                           # e^{1/tau} overflows float32 at tau = 0.02
@@ -365,7 +365,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
 def _released(cosine, rest, s_p, tau):
     """The authors' code: the local term is a constant outside the logarithm, the positive leaves the denominator."""
     no_rest = ~rest.any(1)
-    logits = (cosine / tau).masked_fill(~rest, torch.finfo(cosine.dtype).min / 2)    # finite: no NaN if G is empty
+    logits = (cosine / tau).masked_fill_(~rest, torch.finfo(cosine.dtype).min / 2)    # finite: no NaN if G is empty
     return logits.logsumexp(1).masked_fill(no_rest, 0) - s_p / tau + (cosine.shape[1] - 2) * math.exp(-1 / tau)
 
 
