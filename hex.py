@@ -393,8 +393,9 @@ class Method(nn.Module):
     """What HEX asks of a method. Any nn.Module with these three can be wrapped.
 
     alpha, scale: HEX's weight and factor beside the method's own loss (alpha 1: it takes its place).
+    steps: of the whole run, for schedules; the loop sets it.
     """
-    alpha, scale = 0.1, 1.0
+    alpha, scale, steps = 0.1, 1.0, None
 
     def __init__(self, backbone):
         super().__init__()
@@ -409,7 +410,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, step):
-        """After an optimiser step that was really taken. step: (number of steps taken so far) / (all steps)."""
+        """EMA, queue: after an optimiser step that was really taken. step: its number, from 1."""
 
 
 class SimCLR(Method):
@@ -484,7 +485,8 @@ class Momentum(Method):
 
     @torch.no_grad()
     def after_step(self, step):
-        momentum = 1 - (1 - self.ema) * (math.cos(math.pi * step) + 1) / 2
+        share = step / self.steps if self.steps else 0
+        momentum = 1 - (1 - self.ema) * (math.cos(math.pi * share) + 1) / 2
         online = nn.Sequential(self.backbone, self.projector)
         torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
         for mine, other in zip(self.target.buffers(), online.buffers(), strict=True):
@@ -1162,7 +1164,8 @@ class Trainer:
             self.scaler.update()
             fine = cfg.amp != "fp16" or self.scaler.get_scale() >= scale        # fp16: a scale that fell is a skip
         if fine:
-            self.model.after_step((step + 1) / total)
+            self.model.method.steps = total
+            self.model.after_step(step + 1)
         self.skipped = 0 if fine else self.skipped + 1
         self.lap("optimiser")
         return loss, stats, lr
@@ -1259,11 +1262,11 @@ def emergence(model, cfg, train, val, picture=None):
     eps, local = local_mask(a, b, AdaptiveThreshold(cfg.quantile))              # (2 share, 2N)
     out = dict(threshold=eps, local=mean_over_ranks(local.sum(1).float().mean()))
     used = used.to(cfg.device)
-    everyone, negative = gather(used).repeat(2), ~local & False
+    everyone = gather(used).repeat(2)
+    negative = used.repeat(2)[:, None] != everyone
     for labels, name in ((train.targets, ""), (train.coarse, "_coarse")):
         if labels is not None:
             same = labels.to(cfg.device)[used].repeat(2)[:, None] == labels.to(cfg.device)[everyone]
-            negative = used.repeat(2)[:, None] != everyone
             counts = torch.stack([(same & local).sum(), local.sum(), (same & negative).sum(), negative.sum()]).float()
             counts = mean_over_ranks(counts)
             out["purity" + name], out["chance" + name] = counts[0] / counts[1], counts[2] / counts[3]
