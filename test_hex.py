@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests of hex.py. First the loss: the equations again as loops, closed forms, the authors' numbers, two ranks."""
+import copy
 import hashlib
 import json
 import math
@@ -369,7 +370,7 @@ def test_augmentation_is_torchvisions_picture_by_picture():
         x = tv.rgb_to_grayscale(x, 3) if grey else x
         x = tv.gaussian_blur(x, [5, 5], [sigma, sigma]) if sigma else x
         x = tv.solarize(x, 0.5) if solarise else x
-        torch.testing.assert_close(view, tv.normalize(x, hx.MEAN, hx.STD), rtol=0, atol=2e-5)
+        torch.testing.assert_close(view, tv.normalize(x, hx.MEAN, hx.STD), rtol=0, atol=1e-5)
 
 
 def test_a_view_depends_on_seed_epoch_index_and_view_alone():
@@ -509,9 +510,38 @@ def test_the_readmes_foreign_module_runs():
     assert all(p.grad.isfinite().all() for p in scope["model"].parameters())
 
 
+class Foreign(torch.nn.Module):
+    """The protocol without hx.Method: no alpha, no scale, no after_step, float64, two pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(12, 6, dtype=torch.float64)
+
+    def forward(self, x1, x2):
+        return self.net(x1.flatten(1)), self.net(x2.flatten(1))
+
+    def loss(self, a, b):
+        return (a - b).square().mean(), [(a, b), (b, a)]
+
+
+def test_a_foreign_module_trains_a_step():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 3, 2, 2, dtype=torch.float64)
+    model = hx.HEX(Foreign(), temperature=0.2)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=0.01), copy.deepcopy(model.state_dict())
+    a, b = model(*x)
+    loss, stats = model.loss(a, b)
+    want = 0.9 * (a - b).square().mean() + 0.1 * naive("hex")(a, b, t=0.2)[0]
+    assert loss.item() == pytest.approx(want.item(), abs=1e-10) and stats.keys() >= {"own", "hex", "threshold", "local"}
+    loss.backward()
+    optimizer.step()
+    model.after_step(1)
+    assert model.loss(*model(*x))[0] < loss and not torch.equal(before["method.net.weight"], model.method.net.weight)
+
+
 def test_the_queue_wraps_around_and_the_target_follows():
     made = method("nnclr")                                                   # a queue of 10
-    for turn in range(3):
+    for turn in range(7):
         z = torch.randn(4, 6)
         made.loss(z, z, z, z)
         made.after_step(0)
@@ -524,6 +554,9 @@ def test_the_queue_wraps_around_and_the_target_follows():
     made.steps = 2
     made.after_step(1)                                                       # halfway: 1 - (1 - 0.99) / 2
     torch.testing.assert_close(made.target[0][1].weight, 0.995 * old + 0.005 * online)
+    before = made.target[0][1].weight.clone()
+    made.after_step(2)                                                       # at the end: 1
+    assert torch.equal(made.target[0][1].weight, before)
 
 
 # ------------------------------------------------------------------------------------ the CUDA path, without a CUDA GPU
@@ -535,6 +568,7 @@ def fake_cuda(monkeypatch):
     from torch.testing._internal.distributed.fake_pg import FakeStore
     monkeypatch.setattr(torch.amp.autocast_mode.torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with FakeTensorMode(shape_env=ShapeEnv()), torch.device("cuda"):
         yield
@@ -545,22 +579,32 @@ def fake_cuda(monkeypatch):
 def test_the_cuda_path_walked_with_fake_tensors(fake_cuda, dtype):
     crops, parameters = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), torch.rand(8, 8)
     x1, x2 = hx.augment(crops, parameters, blur=True, solarise=True).chunk(2)
-    made = hx.SimCLR(hx.NarrowResNet(), 1000, hidden=64, dim=32)
-    with torch.autocast("cuda", dtype=dtype):
-        z1, z2 = made(x1, x2)
-        assert z1.dtype == dtype and z1.device.type == "cuda"
-        for loss in hx.LOSSES:
-            value, stats = hx.HEX(made, loss, threshold=hx.AdaptiveThreshold(0.9)).loss(z1, z2)
-            assert value.dtype == torch.float32 and value.device.type == "cuda"
-            assert all(each.device.type == "cuda" for each in stats.values())
+    assert x1.device.type == "cuda" and x1.is_contiguous(memory_format=torch.channels_last)
+    for name, kind in hx.METHODS.items():
+        backbone, width = hx.build_backbone("resnet18" if name == "simclr" else "resnet10_narrow", 64)
+        made = kind(backbone, width, hidden=64, dim=32, **HEADS[name])
+        with torch.autocast("cuda", dtype=dtype):
+            outputs = made(x1, x2)
+            assert outputs[0].dtype == dtype and all(each.device.type == "cuda" for each in outputs)
+            for loss in hx.LOSSES if name != "vicreg" else ():       # torch.cov asks for a value, which there is none of
+                value, stats = hx.HEX(made, loss, threshold=hx.AdaptiveThreshold(0.9)).loss(*outputs)
+                assert value.dtype == torch.float32 and value.device.type == "cuda"
+                assert all(each.device.type == "cuda" for each in stats.values())
+        made.after_step(1)
+    z1, z2 = (torch.randn(4, 32, dtype=dtype) for _ in "ab")
+    for threshold in (hx.StepThreshold(), hx.CosineThreshold(), hx.OracleHierarchy(torch.zeros(4, dtype=torch.long))):
+        for released in (False, True):
+            assert hx.hex_nce(z1, z2, threshold=threshold, released=released)[0].device.type == "cuda"
     params = list(made.parameters())
     for p in params:
         p.grad = torch.zeros_like(p)
-    hx.LARS(params, 0.1, weight_decay=1e-4).step()
-    with pytest.raises(Exception, match="device|cpu"):
-        hx.augment(crops, parameters.to("cpu"))
-    with pytest.raises(Exception, match="device|cpu"):
-        hx.hex_nce(z1.float(), z2.float().to("cpu"))
+    for clip in (True, False):
+        hx.LARS(params, 0.1, weight_decay=1e-4, clip=clip).step()
+    for left_behind in (lambda: hx.augment(crops, parameters.cpu()), lambda: hx.info_nce(z1, z2.cpu()),
+                        lambda: hx.hex_nce(z1, z2.cpu()), lambda: made(x1, x2.cpu()),
+                        lambda: hx.hex_nce(z1, z2, threshold=hx.OracleHierarchy(torch.zeros(4, device="cpu")))):
+        with pytest.raises(Exception, match="device|cpu"):
+            left_behind()
 
 
 # -------------------------------------------------------------------------------------------------- the real command
@@ -590,7 +634,12 @@ def test_a_run_its_files_its_resume_and_its_probe(tmp_path, small_shapes, capsys
     assert hx.main([*SMALL, "--out", str(whole)]) == 0
     assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "backbone.pt", "probe.json",
                                                  "neighbours.png"}
-    assert {"top1", "top5", "knn"} <= json.load(open(whole / "probe.json")).keys()
+    probe, config = (json.load(open(whole / name)) for name in ("probe.json", "config.json"))
+    assert {"top1", "top5", "knn"} <= probe.keys() and all(0 <= probe[k] <= 100 for k in ("top1", "top5", "knn"))
+    assert config["command"] == ["hex.py", *SMALL, "--out", str(whole)] and config["versions"]["torch"] == torch.__version__
+    steps = [e for e in events(whole) if e["event"] == "step"]
+    assert [e["step"] for e in steps] == [*range(1, 9)]
+    assert {"loss", "threshold", "local", "empty", "clamped", "lr", "images_per_second"} <= steps[0].keys()
     assert {"purity", "chance", "purity_coarse", "rankme", "knn", "std"} <= events(whole)[0].keys()
     assert hx.main([*SMALL, "--out", str(whole)]) == 0 and "top-1" in capsys.readouterr().out
     status, lines = told(capsys, *SMALL, "--beta", "0.5", "--out", whole)
@@ -599,11 +648,23 @@ def test_a_run_its_files_its_resume_and_its_probe(tmp_path, small_shapes, capsys
     step, stops = hx.Trainer.step, iter([False, True, False, False, True, False, False, False])
     monkeypatch.setattr(hx.Trainer, "step", lambda self, *a: (step(self, *a), setattr(self, "stop", next(stops)))[0])
     statuses = [hx.main([*SMALL, "--out", str(killed)]) for _ in range(3)]      # stopped mid-epoch, twice
+    crashed, calls = tmp_path / "crashed", iter(range(1, 99))
+    monkeypatch.setattr(hx.Trainer, "step", lambda self, *a: step(self, *a) if next(calls) != 8 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):                                      # in step 8, after the checkpoint of 6
+        hx.main([*SMALL, "--checkpoint-every", "3", "--out", str(crashed)])
+    assert torch.load(crashed / "checkpoint.pt", weights_only=True)["step"] == 6
+    assert hx.main([*SMALL, "--out", str(crashed)]) == 0
     assert statuses == [hx.INTERRUPTED, hx.INTERRUPTED, 0]
-    assert (whole / "backbone.pt").read_bytes() == (killed / "backbone.pt").read_bytes()
     timing = {"images_per_second", "data_wait"}
-    assert [{k: v for k, v in e.items() if k not in timing} for e in events(whole)] == \
-        [{k: v for k, v in e.items() if k not in timing} for e in events(killed)]
+    for other in (killed, crashed):
+        assert (whole / "backbone.pt").read_bytes() == (other / "backbone.pt").read_bytes()
+        assert [{k: v for k, v in e.items() if k not in timing} for e in events(whole)] == \
+            [{k: v for k, v in e.items() if k not in timing} for e in events(other)]
+    for name in ("checkpoint.pt", "config.json"):                               # damaged: said, not trained over
+        (crashed / "probe.json").unlink(missing_ok=True)
+        (crashed / name).write_bytes((crashed / name).read_bytes()[:100])
+        status, lines = told(capsys, *SMALL, "--out", crashed)
+        assert status == 1 and len(lines) == 1 and name in lines[0]
 
     backbone, quick = whole / "backbone.pt", ["--probe-epochs", "2", "--workers", "0"]
     assert hx.main(["--probe", str(backbone), *quick, "--out", str(tmp_path / "p")]) == 0
@@ -639,6 +700,28 @@ def picture_folder(root, count=40):
                 Image.effect_noise(size, 99).convert("L").convert(mode if mode != "I;16" else "I").convert(mode).save(
                     root / split / name / f"{i}.{suffix}")
             (root / split / name / "3.png").rename(root / split / name / "3.JPEG")
+
+
+def test_pictures_are_decoded_whatever_their_kind_and_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    grey = numpy.arange(256, dtype=numpy.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "a/0.png")
+    Image.fromarray(grey.astype(numpy.uint16) * 257).save(tmp_path / "a/1.png")
+    (tmp_path / "a/0.png").rename(tmp_path / "a/0.JPEG")
+    smooth = Image.merge("CMYK", [Image.linear_gradient("L").resize((16, 16))] * 4)
+    smooth.save(tmp_path / "a/2.jpg", quality=100)
+    turned = Image.fromarray(grey[:8])
+    turned.getexif()[0x0112] = 6                                              # stored lying on its side
+    turned.save(tmp_path / "a/3.jpg", quality=100, exif=turned.getexif())
+    (tmp_path / "a/.hidden").write_text("")
+    folder = hx.Folder(str(tmp_path))
+    assert len(folder) == 4
+    for i in (0, 1):
+        assert torch.equal(folder.read(i), torch.from_numpy(grey).expand(3, 16, 16))
+    want = torch.from_numpy(numpy.asarray(Image.open(tmp_path / "a/2.jpg").convert("RGB"))).permute(2, 0, 1)
+    assert (folder.read(2).int() - want.int()).abs().max() <= 3
+    upright = torch.from_numpy(numpy.rot90(grey[:8], -1).copy())
+    assert folder.read(3).shape == (3, 16, 8) and (folder.read(3)[0].int() - upright.int()).abs().max() <= 3
 
 
 FOLDER = ["--data", "folder", "--size", "32", "--backbone", "resnet10_narrow", "--hidden", "32", "--dim", "16", "--batch-size",
@@ -713,7 +796,8 @@ def test_micro_batches_give_the_whole_gradient(tmp_path):
         trainer = hx.Trainer(hx.parse(argv + further)[0])
         trainer.gradients(torch.stack(crops), torch.stack(parameters), 5, None, True)
         grads.append([p.grad for p in trainer.model.parameters()])
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+    for one, many in zip(*grads, strict=True):
+        assert (one - many).norm() <= 1e-5 * one.norm() + 1e-8
     assert hx.main(["--micro-batch", "32", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "o")]) == 2
 
 
@@ -730,13 +814,14 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, small
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """The real command under torchrun: the losses of 20 steps, to 1e-4."""
-    command = ["hex.py", *SMALL, "--batch-size", "256", "--norm", "group", "--epochs", "2", "--method", "nnclr"]
+    """The real command under torchrun: the losses of 20 steps, to 1e-4. (At the recipe's rate rounding grows too fast.)"""
+    command = ["hex.py", *SMALL, "--batch-size", "256", "--norm", "group", "--method", "nnclr"]
+    command += ["--probe-epochs", "1", "--lr", "0.003"]    # at a high rate, rounding grows tenfold a step in one process too
     for n, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"])):
         subprocess.run([sys.executable, *launcher, *command, "--out", tmp_path / str(n)], check=True, capture_output=True,
                        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=os.path.dirname(hx.__file__))
     one, two = ([e["loss"] for e in events(tmp_path / n) if e["event"] == "step"] for n in "12")
-    assert len(one) == 32 and one == pytest.approx(two, abs=1e-4)
+    assert len(one) == 32 and one[:20] == pytest.approx(two[:20], abs=1e-4) and one[0] - one[19] > 1
 
 
 BAD = [
@@ -771,5 +856,18 @@ def test_bad_input_is_one_clear_line(argv, status, word, tmp_path, monkeypatch, 
     for path in ("odd/train/a/1.jpg", "odd/train/b/1.jpg", "odd/val/a/1.jpg", "odd/val/c/1.jpg", "flatval/train/a/1.jpg",
                  "flatval/val/1.jpg"):
         (tmp_path / path).write_text("")
-    got, lines = told(capsys, *argv.split())
-    assert got == status and len(lines) == 1 and word in lines[0]
+    monkeypatch.setattr(hx, "draw_shapes", lambda count, seed, draw=hx.draw_shapes: draw(count // 16, seed))
+    got = hx.main(argv.split())
+    out, err = capsys.readouterr()
+    *notes, line = (each for each in err.splitlines() if each and "step [" not in each)   # not the bar
+    assert got == status and line.startswith("hex.py: error: ") and word in line and out == ""
+    assert all(each.startswith(("note: ", "probe: ", "runs/")) for each in notes) and "Traceback" not in err
+    assert (tmp_path / "text").read_text() == "not a file of tensors" and os.listdir(tmp_path / "flat") == ["x"]
+
+
+@pytest.mark.parametrize("argv, word", [("--batch-size 256", "--batch-size 256"),
+                                        ("--batch-size 30 --micro-batch 10", "--micro-batch 10")])
+def test_a_batch_that_does_not_divide_over_ranks(argv, word, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    status, lines = told(capsys, *argv.split())
+    assert status == 2 and len(lines) == 1 and word in lines[0] and "3 ranks" in lines[0]
