@@ -572,7 +572,10 @@ class VICReg(Method):
         a, b = gather(z1), gather(z2)
         invariance = F.mse_loss(a, b)
         variance = sum(F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() for z in (a, b))
-        covariance = sum((z.T.cov().square().sum() - z.var(0).square().sum()) / z.shape[1] for z in (a, b))
+        covariance = 0.0
+        for z in (a - a.mean(0), b - b.mean(0)):
+            c = z.T @ z / (len(z) - 1)                                                          # (dim, dim)
+            covariance = covariance + (c.square().sum() - c.diagonal().square().sum()) / len(c)
         return 25 * invariance + 25 * variance + covariance, [(z1, z2)]
 
 
