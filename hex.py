@@ -1037,6 +1037,12 @@ def build_model(cfg):
                tau_plus=cfg.tau_plus, warmup=cfg.hex_warmup)
 
 
+def train_views(train, cfg):
+    """The two views of each picture, as the configuration asks for them."""
+    return Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
+                 grey=cfg.grey, skip=cfg.skip_bad_files)
+
+
 class Stopwatch:
     """Milliseconds a stage. On CUDA, exact=True takes events; else the host's clock (all that the data wait needs)."""
 
@@ -1320,8 +1326,7 @@ def pretrain(cfg, train, val, out):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint of this run ({error}); delete it to start again") from error
     note = Metrics(out, step)
-    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
-                  grey=cfg.grey, skip=cfg.skip_bad_files)
+    views = train_views(train, cfg)
     source, bar = loader(views, batches, cfg), tqdm(total=total, initial=step, disable=rank() > 0, unit="step")
     warned = False
 
@@ -1389,8 +1394,7 @@ def bench(cfg, train):
     batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
     if not len(batches):
         raise UserError(f"--batch-size {cfg.batch_size}: more than the {len(train)} train pictures; lower it", 2)
-    views = Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
-                  grey=cfg.grey, skip=cfg.skip_bad_files)
+    views = train_views(train, cfg)
     source, per_epoch, steps = loader(views, batches, cfg), len(batches) // cfg.accumulate, []
 
     def forever():
