@@ -33,6 +33,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 
@@ -57,10 +58,11 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; the checkpoint is written."""
+    """A signal asked the run to stop. Whatever it did is in the checkpoint, or will be done again."""
 
 
 INTERRUPTED = 75  # the exit status of a run that was interrupted and goes on when the same command is given again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def number(kind, low, high=math.inf, open_low=False, open_high=False):
@@ -123,8 +125,8 @@ class Config:
     lr: float = option("training", None, "base rate; the rate is lr * batch * accumulate / 256", type=POSITIVE_REAL)
     lr_warmup: int = option("training", None, "epochs of linear warm-up (default a tenth)", type=COUNT)
     weight_decay: float = option("training", None, "L2, not on biases and norms", type=REAL)
-    eta: float = option("training", 0.02, "trust coefficient of LARS", type=POSITIVE_REAL)
-    clip: bool = option("training", True, "LARS only ever lowers a rate (the authors' setting)",
+    eta: float = option("training", None, "trust coefficient of LARS", type=POSITIVE_REAL)
+    clip: bool = option("training", None, "LARS only ever lowers a rate (the authors' setting)",
                         action=argparse.BooleanOptionalAction)
     amp: str = option("training", None, "autocast", choices=("off", "bf16", "fp16"))
     seed: int = option("training", 0, "of weights, order and views", type=COUNT)
@@ -145,17 +147,17 @@ class Config:
 
 
 # What does not change the experiment: neither the name of the run's folder nor a resume asks for it.
-NOT_THE_EXPERIMENT = {"out", "workers", "device", "compile", "checkpoint_every", "micro_batch", "bench"}
+NOT_THE_EXPERIMENT = {"out", "workers", "device", "compile", "checkpoint_every", "log_every", "micro_batch", "bench"}
 
 # ImageNet and CIFAR: the authors' hyper-parameters (LARS eta 0.02 with clipping); what the authors lack is the usual.
 RECIPES = {
     "imagenet": dict(backbone="resnet50", size=224, epochs=100, batch_size=256, accumulate=1, lr=0.3,
-                     weight_decay=1e-6, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
+                     weight_decay=1e-6, eta=0.02, clip=True, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
     "cifar10": dict(backbone="resnet18", size=32, epochs=400, batch_size=256, accumulate=1, lr=0.4,
-                    weight_decay=1e-4, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
-    "shapes": dict(backbone="resnet10_narrow", size=32, epochs=25, batch_size=256, accumulate=1, lr=4.0,
-                   weight_decay=1e-4, crop_min=0.5, grey=1.0, temperature=0.2, amp="off", hidden=256, dim=64, predictor=256,
-                   queue=2048),
+                    weight_decay=1e-4, eta=0.02, clip=True, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
+    "shapes": dict(backbone="resnet10_narrow", size=32, epochs=12, batch_size=256, accumulate=1, lr=0.5,
+                   weight_decay=1e-4, eta=0.02, clip=False, crop_min=0.5, grey=1.0, temperature=0.2, amp="off",
+                   hidden=256, dim=64, predictor=256, queue=2048),
 }
 RECIPES["folder"] = RECIPES["imagenet"]
 RECIPES["cifar100"] = RECIPES["cifar10"]
@@ -632,13 +634,19 @@ METHODS = {"simclr": SimCLR, "nnclr": NNCLR, "mocov3": MoCoV3, "byol": BYOL, "si
 
 
 class NarrowResNet(torchvision.models.ResNet):
-    """ResNet-10 with `width` channels where ResNets have 64: a backbone for a CPU."""
+    """ResNet-10 with `width` channels where ResNets have 64, and SiLU: a backbone for a CPU.
+
+    SiLU, since the kinks of ReLU turn rounding (1e-7) into differences of 1e-2 between one and two ranks in 20 steps.
+    """
 
     def __init__(self, width=16, norm_layer=nn.BatchNorm2d):
         self.share = 64 // width
         super().__init__(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), norm_layer(width)
         self.fc = nn.Linear(8 * width, 1000)
+        for module in self.modules():
+            if hasattr(module, "relu"):
+                module.relu = nn.SiLU()
 
     def _make_layer(self, block, planes, *arguments, **named):
         self.inplanes = self.inplanes if planes > 64 else 64 // self.share
@@ -791,8 +799,9 @@ def draw_shapes(count, seed):
     edge = torch.stack([polygon, star, flower, polygon])[family, torch.arange(count)]
     hole = ((family == 3)[:, None, None] & (radius < 0.6 * edge))
     inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)        # (count, 1, 32, 32)
-    back, ramp = uniform(0, 1, 3, 1, 1), uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
-    ink = (back + uniform(0.35, 0.65, 3, 1, 1)) % 1
+    dark, bright, swap = uniform(0, 0.35, 3, 1, 1), uniform(0.65, 1, 3, 1, 1), uniform(0, 1, 1, 1, 1) < 0.5
+    back, ink = torch.where(swap, dark, bright), torch.where(swap, bright, dark)    # seen without colour, too
+    ramp = uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
     pictures = torch.lerp(back + ramp, ink, inside).clamp(0, 1)
     return Pictures((255 * pictures).byte(), kind, family)
 
@@ -955,7 +964,7 @@ class Batches(torch.utils.data.Sampler):
 def detach_worker(_):
     """A loader process leaves the run's process group: what stops the group must not stop it before the step ends."""
     os.setsid()
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)
 
 
@@ -1070,7 +1079,8 @@ class Trainer:
     """The model, its optimiser and scaler, and one step of them: all that a checkpoint holds."""
 
     def __init__(self, cfg):
-        self.cfg, self.skipped, self.lap, self.stop = cfg, 0, Stopwatch(cfg.bench is not None), False
+        self.cfg, self.skipped, self.lap = cfg, 0, Stopwatch(cfg.bench is not None)
+        self.asked, self.stop = False, False                                    # a signal on this rank; agreed by all
         self.model = build_model(cfg)
         if cfg.micro_batch and cfg.micro_batch < cfg.batch_size:
             for path, module in self.model.named_modules():
@@ -1115,7 +1125,7 @@ class Trainer:
             return self.ddp(x1, x2)
 
     def gradients(self, crops, parameters, epoch, labels, last):
-        """Adds one loss's gradient to .grad. Returns loss, stats, and whether every rank's loss is finite.
+        """Adds one loss's gradient to .grad. Returns loss, stats, and the flags (2,): not finite, asked to stop; on any rank.
 
         With --micro-batch: embeddings of all without gradient, the loss's gradient in the embeddings, then the
         embeddings of m images at a time once more, with gradient (Gao et al. 2021). last: DDP reduces here.
@@ -1129,25 +1139,22 @@ class Trainer:
         embeddings = parts[0] if len(parts) == 1 else \
             [torch.cat(each).float().requires_grad_() for each in zip(*parts, strict=True)]
         self.lap("forward")
-        threshold = OracleHierarchy(labels) if cfg.threshold == "oracle" and cfg.loss in ("hex", "released") else None
-        loss, stats = self.model.loss(*embeddings, epoch=epoch, threshold=threshold)
-        # One flag for all ranks. The sparse gather inside the loss has waited for the forward pass already.
-        flags = torch.stack([~loss.detach().isfinite(), loss.new_tensor(self.stop).bool()]).float()
+        loss, stats = self.model.loss(*embeddings, epoch=epoch,
+                                      threshold=None if labels is None else OracleHierarchy(labels))
+        flags = torch.stack([~loss.detach().isfinite(), torch.full_like(loss, self.asked, dtype=torch.bool)]).float()
         if world() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        broken, self.stop = (flag > 0 for flag in flags.tolist())
         self.lap("loss")
-        if not broken:
-            with contextlib.nullcontext() if last and len(chunks) == 1 else held():
-                self.scaler.scale(loss / cfg.accumulate).backward()
-            for i, chunk in enumerate(chunks if len(chunks) > 1 else []):
-                rows = slice(i * m, (i + 1) * m)
-                with contextlib.nullcontext() if last and i == len(chunks) - 1 else held():
-                    outputs = [(out, e.grad[rows].to(out.dtype)) for out, e in
-                               zip(self.embed(*chunk), embeddings, strict=True) if out.requires_grad and e.grad is not None]
-                    torch.autograd.backward(*zip(*outputs, strict=True))
-            self.lap("backward")
-        return loss.detach(), stats, not broken
+        with contextlib.nullcontext() if last and len(chunks) == 1 else held():
+            self.scaler.scale(loss / cfg.accumulate).backward()
+        for i, chunk in enumerate(chunks if len(chunks) > 1 else []):
+            rows = slice(i * m, (i + 1) * m)
+            with contextlib.nullcontext() if last and i == len(chunks) - 1 else held():
+                outputs = [(out, e.grad[rows].to(out.dtype)) for out, e in
+                           zip(self.embed(*chunk), embeddings, strict=True) if out.requires_grad and e.grad is not None]
+                torch.autograd.backward(*zip(*outputs, strict=True))
+        self.lap("backward")
+        return loss.detach(), stats, flags
 
     def step(self, batches, train, step, total, per_epoch):
         """One optimiser step over `accumulate` losses. batches: an iterator of the loader. Returns loss, stats, lr."""
@@ -1157,25 +1164,26 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        fine = True
+        flags, oracle = 0, cfg.threshold == "oracle" and cfg.loss in ("hex", "released")
         for part in range(cfg.accumulate):
             crops, parameters, index, used = next(batches)
             note_bad_files(train, index, used)
             crops, parameters = (each.to(cfg.device, non_blocking=True) for each in (crops, parameters))
-            labels = train.targets[used] if train.coarse is None else train.coarse[used]
+            labels = train.coarse[used].to(cfg.device) if oracle else None      # the one place where labels touch a loss
             self.lap("load")
-            loss, stats, finite = self.gradients(crops, parameters, step // per_epoch, labels.to(cfg.device),
-                                                 part == cfg.accumulate - 1)
-            fine = fine and finite
+            loss, stats, flag = self.gradients(crops, parameters, step // per_epoch, labels, part == cfg.accumulate - 1)
+            flags = flags + flag
+        # Read once a step, when the backward is queued: a GPU has work while the host waits for the loss.
+        broken, self.stop = (flag > 0 for flag in flags.tolist())
         scale = self.scaler.get_scale() if cfg.amp == "fp16" else 0
-        if fine:
+        if not broken:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            fine = cfg.amp != "fp16" or self.scaler.get_scale() >= scale        # fp16: a scale that fell is a skip
-        if fine:
+            broken = cfg.amp == "fp16" and self.scaler.get_scale() < scale      # fp16: a scale that fell is a skip
+        if not broken:
             self.model.method.steps = total
             self.model.after_step(step + 1)
-        self.skipped = 0 if fine else self.skipped + 1
+        self.skipped = self.skipped + 1 if broken else 0
         self.lap("optimiser")
         return loss, stats, lr
 
@@ -1195,7 +1203,10 @@ def write(path, data):
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact") from error
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact; "
+                        "make room or give another --out, then run the same command again") from error
 
 
 def read_tensors(path, what):
@@ -1207,19 +1218,25 @@ def read_tensors(path, what):
                         "damaged, or not made of plain tensors; delete it or give another") from None
 
 
-def save(out, trainer, step, pictures):
-    """checkpoint.pt and bad_files.txt. Every rank calls it."""
-    bad = [sorted(set().union(*(split.bad for split in pictures)))]
-    if world() > 1:
-        bad = [None] * world()
-        dist.all_gather_object(bad, sorted(set().union(*(split.bad for split in pictures))))
+def save(out, trainer, step):
+    """checkpoint.pt, in rank 0."""
     if rank() == 0:
         file = io.BytesIO()
         torch.save(dict(step=step, **trainer.state()), file)
         write(os.path.join(out, "checkpoint.pt"), file.getvalue())
-        bad = set().union(*bad)
-        if bad:
-            write(os.path.join(out, "bad_files.txt"), "".join(f"{path}\n" for path in sorted(bad)))
+
+
+def list_bad_files(out, *splits):
+    """bad_files.txt: what --skip-bad-files passed over, on any rank, now or before a resume. Every rank calls it."""
+    path, found = os.path.join(out, "bad_files.txt"), [None] * world()
+    mine = sorted(set().union(*(split.bad for split in splits)))
+    if world() > 1:
+        dist.all_gather_object(found, mine)
+    found = set(mine).union(*filter(None, found))
+    if found and rank() == 0:
+        if os.path.exists(path):
+            found |= set(open(path, encoding="utf-8", errors="surrogateescape").read().splitlines())
+        write(path, "".join(f"{name}\n" for name in sorted(found)).encode(errors="surrogateescape"))
 
 
 def plain(value):
@@ -1309,6 +1326,18 @@ def draw_neighbours(path, views, index, local, cosine, rows=8, columns=8):
     torchvision.utils.save_image(torchvision.utils.make_grid(grid, nrow=columns, pad_value=1), path)
 
 
+@contextlib.contextmanager
+def handled(handler):
+    """Signals go to `handler`; before and after, to whatever they went to. (Python lets only its main thread set this.)"""
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {each: signal.signal(each, handler) for each in SIGNALS} if main_thread else {}
+    try:
+        yield
+    finally:
+        for each, old in before.items():
+            signal.signal(each, old)
+
+
 def pretrain(cfg, train, val, out):
     """Trains, resumes, logs; leaves checkpoint.pt and backbone.pt. Returns the model."""
     trainer = Trainer(cfg)
@@ -1325,18 +1354,18 @@ def pretrain(cfg, train, val, out):
             step = state["step"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a checkpoint of this run ({error}); delete it to start again") from error
-    note = Metrics(out, step)
+    note = Metrics(out, step or -1)                                             # step 0 is noted again
     views = train_views(train, cfg)
     source, bar = loader(views, batches, cfg), tqdm(total=total, initial=step, disable=rank() > 0, unit="step")
     warned = False
 
-    def ask_to_stop(*_):
-        trainer.stop = True
+    def finish_the_step(*_):
+        trainer.asked = True
 
-    handlers = {each: signal.signal(each, ask_to_stop) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
+    with handled(finish_the_step), bar:
         if step == 0:
-            note(event="epoch", step=0, epoch=0, **emergence(trainer.model, cfg, train, val))
+            early = os.path.join(out, "neighbours_early.png")
+            note(event="epoch", step=0, epoch=0, **emergence(trainer.model, cfg, train, val, early))
         while step < total:
             batches.epoch, batches.start = step // per_epoch, step % per_epoch * cfg.accumulate
             iterator = iter(source)
@@ -1370,17 +1399,14 @@ def pretrain(cfg, train, val, out):
                         announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1 at epoch "
                                  f"{step // per_epoch}): lower --lr, or check the augmentation")
                 if ends or trainer.stop or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
-                    save(out, trainer, step, (train, val))
+                    save(out, trainer, step)
+                    list_bad_files(out, train, val)
                 if trainer.stop and step < total:
                     raise Interrupted
                 if ends:
                     break
                 trainer.lap("log")
             trainer.lap.marks.clear()
-    finally:
-        bar.close()
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
     if rank() == 0:
         file = io.BytesIO()
         torch.save({key: value.cpu() for key, value in trainer.model.method.backbone.state_dict().items()}, file)
@@ -1662,8 +1688,9 @@ def parse(argv):
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cfg.device == "cpu" and "amp" not in given:
         cfg.amp = "off"
-    if cfg.workers is None:
-        cfg.workers = min(12, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // 2)
+    if cfg.workers is None:                        # on a CPU, pictures in memory are cropped fastest by the run itself
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cfg.workers = 0 if cfg.device == "cpu" and cfg.data not in IMAGE_FOLDERS else min(12, cores // 2)
     cfg.blur = (0.5 if cfg.size > 64 else 0.0) if cfg.blur is None else cfg.blur
     cfg.hex_warmup = round(0.1 * cfg.epochs) if cfg.hex_warmup is None else cfg.hex_warmup
     cfg.lr_warmup = min(10, math.ceil(0.1 * cfg.epochs)) if cfg.lr_warmup is None else cfg.lr_warmup
@@ -1735,7 +1762,7 @@ def prepare_out(cfg, given, argv):
     """The run's folder: made, or found to be of the same experiment."""
     named = {"data", "method", "loss", "seed", "probe"} | NOT_THE_EXPERIMENT
     about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}" if cfg.probe else f"{cfg.method}-{cfg.loss}"
-    further = "".join(f"-{name}_{os.path.basename(str(given[name]).rstrip('/'))}" for name in given if name not in named)
+    further = "".join(f"-{name}_{os.path.basename(str(given[name]).rstrip('/'))}" for name in sorted(set(given) - named))
     out = cfg.out or os.path.join("runs", re.sub(r"[^\w.+-]", "_", f"{cfg.data}-{about}-s{cfg.seed}{further}"))
     path = os.path.join(out, "config.json")
     mine = {key: value for key, value in asdict(cfg).items() if key not in NOT_THE_EXPERIMENT}
@@ -1744,9 +1771,9 @@ def prepare_out(cfg, given, argv):
         odd = [f"{flag(key)} {saved.get(key)} there, {mine[key]} here" for key in mine if saved.get(key) != mine[key]]
         if odd:
             raise UserError(f"--out {out}: holds another experiment ({'; '.join(odd)}); give another --out")
-    elif os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    elif os.path.exists(out) and (not os.path.isdir(out) or set(os.listdir(out)) - {"config.json.tmp"}):
         raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
-    elif rank() == 0:
+    elif rank() == 0:                       # (another rank may see the temporary file of this)
         try:
             os.makedirs(out, exist_ok=True)
         except OSError as error:
@@ -1788,8 +1815,7 @@ def run(cfg, given, argv):
             backbone = model.method.backbone
             emergence(model, cfg, train, val, os.path.join(out, "neighbours.png"))
         result = evaluate(backbone, cfg, train, val)
-        if train.bad or val.bad:
-            write(os.path.join(out, "bad_files.txt"), "".join(f"{path}\n" for path in sorted(train.bad | val.bad)))
+        list_bad_files(out, train, val)
         if rank() == 0:
             write(results, json.dumps(result, indent=1))
     if world() > 1:
@@ -1799,19 +1825,26 @@ def run(cfg, given, argv):
         print(f"{out}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, k-NN {result['knn']:.2f} %")
 
 
+def interrupt(*_):
+    raise Interrupted
+
+
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv, first = sys.argv[1:] if argv is None else list(argv), os.environ.get("RANK", "0") == "0"
     try:
-        cfg, given = parse(argv)
-        with process_group(cfg):
-            run(cfg, given, argv)
+        with handled(interrupt):                   # pre-training has a gentler handler of its own
+            cfg, given = parse(argv)
+            with process_group(cfg):
+                run(cfg, given, argv)
         return 0
     except UserError as error:                     # from a loader process its text comes inside a traceback
-        print(f"hex.py: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr, flush=True)
+        if first or error.status != 2:             # every rank sees that the command is wrong: one line is enough
+            print(f"hex.py: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr, flush=True)
         return error.status
     except Interrupted:
-        print("hex.py: interrupted, run the same command again", file=sys.stderr, flush=True)
+        if first:
+            print("hex.py: interrupted, run the same command again", file=sys.stderr, flush=True)
         return INTERRUPTED
 
 

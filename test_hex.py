@@ -8,9 +8,11 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from itertools import product
 
 import numpy
@@ -633,7 +635,7 @@ def test_a_run_its_files_its_resume_and_its_probe(tmp_path, small_shapes, capsys
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert hx.main([*SMALL, "--out", str(whole)]) == 0
     assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "backbone.pt", "probe.json",
-                                                 "neighbours.png"}
+                                                 "neighbours.png", "neighbours_early.png"}
     probe, config = (json.load(open(whole / name)) for name in ("probe.json", "config.json"))
     assert {"top1", "top5", "knn"} <= probe.keys() and all(0 <= probe[k] <= 100 for k in ("top1", "top5", "knn"))
     assert config["command"] == ["hex.py", *SMALL, "--out", str(whole)] and config["versions"]["torch"] == torch.__version__
@@ -813,15 +815,34 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, small
     assert status == 1 and "not finite" in lines[0]
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """The real command under torchrun: the losses of 20 steps, to 1e-4. (At the recipe's rate rounding grows too fast.)"""
-    command = ["hex.py", *SMALL, "--batch-size", "256", "--norm", "group", "--method", "nnclr"]
-    command += ["--probe-epochs", "1", "--lr", "0.003"]    # at a high rate, rounding grows tenfold a step in one process too
-    for n, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"])):
-        subprocess.run([sys.executable, *launcher, *command, "--out", tmp_path / str(n)], check=True, capture_output=True,
-                       env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=os.path.dirname(hx.__file__))
-    one, two = ([e["loss"] for e in events(tmp_path / n) if e["event"] == "step"] for n in "12")
-    assert len(one) == 32 and one[:20] == pytest.approx(two[:20], abs=1e-4) and one[0] - one[19] > 1
+def test_two_processes_train_as_one_and_a_stop_and_a_change_of_ranks_change_nothing(tmp_path):
+    """The real command, at the recipe's rate: 1 process; 2 ranks; 2 ranks, stopped by a signal and finished by 1."""
+    command, two = ["hex.py", *SMALL, "--batch-size", "256", "--norm", "group"], ["-m", "torch.distributed.run",
+                                                                                  "--nproc-per-node", "2", "--standalone"]
+
+    def start(out, *launcher):
+        return subprocess.Popen([sys.executable, *launcher, *command, "--out", tmp_path / out], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                cwd=os.path.dirname(hx.__file__))
+
+    def losses(out):
+        return [e["loss"] for e in events(tmp_path / out) if e["event"] == "step"]
+
+    for out, launcher in (("one", []), ("two", two)):
+        run = start(out, *launcher)
+        assert run.communicate()[0] is not None and run.returncode == 0
+    run, metrics = start("stopped", *two), tmp_path / "stopped" / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and '"step": 6' in metrics.read_text()):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    told = run.communicate()[0]
+    assert told.count("interrupted, run the same command again") == 1 and 6 <= len(losses("stopped")) < 32
+    run = start("stopped")
+    assert run.communicate()[0] is not None and run.returncode == 0
+    one = losses("one")
+    assert len(one) == 32 and one[0] - one[19] > 0.3
+    for other in ("two", "stopped"):
+        assert losses(other)[:20] == pytest.approx(one[:20], abs=1e-4) and len(losses(other)) == 32
 
 
 BAD = [
