@@ -150,6 +150,7 @@ class Config:
 NOT_THE_EXPERIMENT = {"out", "workers", "device", "compile", "checkpoint_every", "log_every", "micro_batch", "bench"}
 
 # ImageNet and CIFAR: the authors' hyper-parameters (LARS eta 0.02 with clipping); what the authors lack is the usual.
+# shapes and small (a folder at --size 64 or less): minutes on two cores, chosen by us (README).
 RECIPES = {
     "imagenet": dict(backbone="resnet50", size=224, epochs=100, batch_size=256, accumulate=1, lr=0.3,
                      weight_decay=1e-6, eta=0.02, clip=True, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
@@ -161,6 +162,7 @@ RECIPES = {
 }
 RECIPES["folder"] = RECIPES["imagenet"]
 RECIPES["cifar100"] = RECIPES["cifar10"]
+RECIPES["small"] = RECIPES["shapes"] | dict(epochs=10, crop_min=0.2, grey=0.2, hidden=512, dim=128, predictor=512, queue=4096)
 METHOD_RECIPES = {  # where a method's differs from its data's
     ("imagenet", "simclr"): dict(accumulate=16),
     ("imagenet", "nnclr"): dict(weight_decay=1e-5),
@@ -217,7 +219,7 @@ def mean_over_ranks(x):
 def similarities(a, b):
     """Cosine of this rank's n/W anchors with all n = 2N embeddings (columns: every rank's a, then every rank's b).
 
-    Returns cosine (n/W, n), its masks of self and of positives (bool, same shape), and s_ip (n/W,).
+    Returns cosine (n/W, n), its masks of self and of positives (bool, same shape), s_ip and p(i), both (n/W,).
     """
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"a and b must be row-aligned (N, D) tensors, not {tuple(a.shape)} and {tuple(b.shape)}")
@@ -228,21 +230,28 @@ def similarities(a, b):
         cosine = torch.cat([a, b]) @ torch.cat([gather(a), gather(b)]).T                        # (n/W, n)
         s_p = (a * b).sum(1).repeat(2)                                                          # (n/W,)
     column = torch.arange(cosine.shape[1], device=a.device)
-    i = rank() * len(a) + column[:len(a)]
-    first, second = i[:, None] == column, i[:, None] + len(column) // 2 == column
-    return cosine, torch.cat([first, second]), torch.cat([second, first]), s_p
+    first = rank() * len(a) + column[:len(a)]
+    second = first + len(column) // 2
+    i, p = torch.cat([first, second]), torch.cat([second, first])
+    return cosine, i[:, None] == column, p[:, None] == column, s_p, p
+
+
+def without(logits, mask):
+    """logits, in place, with -inf where mask is set. No autograd: a softmax gives those entries the gradient 0."""
+    with torch.no_grad():
+        return logits.masked_fill_(mask, -math.inf)
 
 
 def info_nce(a, b, temperature=0.1):
     """InfoNCE (NT-Xent, Chen et al. 2020). a, b: (N / world, D), row-aligned, any scale; scalar, this rank's mean."""
-    cosine, self_, _, s_p = similarities(a, b)
-    return ((cosine / temperature).masked_fill_(self_, -math.inf).logsumexp(1) - s_p / temperature).mean()
+    cosine, self_, _, _, p = similarities(a, b)
+    return F.cross_entropy(without(cosine / temperature, self_), p)
 
 
 def dcl(a, b, temperature=0.1):
     """Decoupled contrastive loss (Yeh et al. 2022): InfoNCE without the positive in the denominator."""
-    cosine, self_, positive, s_p = similarities(a, b)
-    return ((cosine / temperature).masked_fill_(self_ | positive, -math.inf).logsumexp(1) - s_p / temperature).mean()
+    cosine, self_, positive, s_p, _ = similarities(a, b)
+    return (without(cosine / temperature, self_ | positive).logsumexp(1) - s_p / temperature).mean()
 
 
 @torch.no_grad()
@@ -321,7 +330,7 @@ ADAPTIVE = AdaptiveThreshold(0.99)
 @torch.no_grad()
 def local_mask(a, b, threshold=ADAPTIVE, epoch=0):
     """eps (scalar) and H (bool, (2N / world, 2N)) of the embeddings a, b: (N / world, D)."""
-    cosine, self_, positive, _ = similarities(a, b)
+    cosine, self_, positive, *_ = similarities(a, b)
     negative = ~(self_ | positive)
     eps, local = threshold(cosine, negative, epoch)
     return eps, local & negative
@@ -336,7 +345,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
     """
     if beta < 0 or not 0 <= tau_plus < 1:
         raise ValueError(f"beta = {beta} must be >= 0 and tau_plus = {tau_plus} in [0, 1)")
-    tau, (cosine, self_, positive, s_p) = temperature, similarities(a, b)
+    tau, (cosine, self_, positive, s_p, p) = temperature, similarities(a, b)
     negative = ~(self_ | positive)
     with torch.no_grad():
         eps, local = threshold(cosine, negative | released, epoch)     # the released quantile sees self and positive
@@ -347,7 +356,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
     else:
         row = local.nonzero()[:, 0]                                    # the anchor of each of the K pairs in H
         s_h = cosine[local] / tau                                      # (K,)
-        rest = (cosine / tau).masked_fill_(self_ | local, -math.inf).logsumexp(1)     # log[ e^{s_ip/tau} + sum_G ]
+        rest = s_p / tau + F.cross_entropy(without(cosine / tau, self_ | local), p, reduction="none")   # log[ e^{s_ip/tau} + sum_G ]
         with torch.no_grad():
             top = s_h.new_full(size.shape, -math.inf).scatter_reduce(0, row, s_h, "amax")
             scale = torch.maximum(rest, top)                           # e^{1/tau} overflows float32 at tau = 0.02
@@ -1681,7 +1690,8 @@ def parse(argv):
     else:
         inherited = {}
     cfg = Config(**given)
-    recipe = RECIPES[cfg.data] | METHOD_RECIPES.get((cfg.data, cfg.method), {}) | inherited
+    name = "small" if cfg.data == "folder" and (cfg.size or inherited.get("size", 224)) <= 64 else cfg.data
+    recipe = RECIPES[name] | METHOD_RECIPES.get((name, cfg.method), {}) | inherited
     for name, value in recipe.items():
         if name not in given:
             setattr(cfg, name, value)
