@@ -69,9 +69,9 @@ def number(kind, low, high=math.inf, open_low=False, open_high=False):
     """An argparse type: `kind` (int or float) within an interval whose ends may be open."""
     def parse(text):
         value = kind(text)
-        if not (low < value if open_low else low <= value) or not (value < high if open_high else value <= high):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not in {'(' if open_low else '['}{low}, {high}{')' if open_high or high == math.inf else ']'}")
+        closed = not open_high and high < math.inf
+        if not (low < value if open_low else low <= value) or not (value <= high if closed else value < high):
+            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_low else '['}{low}, {high}{']' if closed else ')'}")
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
@@ -91,12 +91,13 @@ LOSSES, THRESHOLDS = ("base", "infonce", "dcl", "hex", "released"), ("adaptive",
 class Config:
     """The documented command line. None: the recipe of the data and the method decides (RECIPES, below)."""
     data: str = option("data", "shapes", "what to train on", choices=DATA)
-    root: str = option("data", None, "folder of the data: ROOT/{train,val}/<class>/*, or CIFAR's archive (default data)")
-    classes: str = option("data", None, "file with the class folders to use, one a line (ImageNet-100)", metavar="FILE")
+    root: str = option("data", None, "folder of the data: DIR/{train,val}/<class>/*, or CIFAR's archive (default data)",
+                       metavar="DIR")
+    classes: str = option("data", None, "file with the class folders to use, one a line (default all)", metavar="FILE")
     size: int = option("data", None, "side of a view in pixels", type=number(int, 8))
     crop_min: float = option("data", None, "smallest share of the picture that a crop keeps",
                              type=number(float, 0, 1, open_low=True))
-    blur: float = option("data", None, "share of views that are blurred", type=PROBABILITY)
+    blur: float = option("data", None, "share of views that are blurred (default 0.5 above 64 pixels, else 0)", type=PROBABILITY)
     grey: float = option("data", None, "share of views without colour", type=PROBABILITY)
     solarise: float = option("data", 0.0, "share of views that are solarised", type=PROBABILITY)
     skip_bad_files: bool = option("data", False, "replace an unreadable file by the next, and list it in bad_files.txt")
@@ -108,20 +109,20 @@ class Config:
     quantile: float = option("method", 0.99, "q", type=number(float, 0, 1, open_low=True, open_high=True))
     beta: float = option("method", 1.0, "how much the nearest weigh in Q", type=REAL)
     tau_plus: float = option("method", 0.1, "assumed share of positives in H", type=number(float, 0, 1, open_high=True))
-    alpha: float = option("method", None, "weight of the loss against the method's own", type=PROBABILITY)
+    alpha: float = option("method", None, "weight of the loss against the method's own (default the method's)", type=PROBABILITY)
     hex_warmup: int = option("method", None, "first epochs with the method's own loss (default a tenth)", type=COUNT)
     hidden: int = option("method", None, "hidden width of the projector", type=POSITIVE)
     dim: int = option("method", None, "dimensions of an embedding", type=POSITIVE)
     predictor: int = option("method", None, "hidden width of the predictor", type=POSITIVE)
     queue: int = option("method", None, "embeddings in the queue", type=POSITIVE)
-    ema: float = option("method", None, "momentum of the target at the start", type=PROBABILITY)
+    ema: float = option("method", None, "momentum of the target at the start (default the method's)", type=PROBABILITY)
 
-    backbone: str = option("training", None, "a torchvision classification model, or resnet10_narrow")
+    backbone: str = option("training", None, "a torchvision classification model, or resnet10_narrow", metavar="NAME")
     norm: str = option("training", "batch", "normalisation of ResNets and heads", choices=("batch", "group"))
     epochs: int = option("training", None, "epochs; 0 evaluates a random backbone", type=COUNT)
     batch_size: int = option("training", None, "images in one loss, over all ranks", type=number(int, 2))
     accumulate: int = option("training", None, "losses in one step (adds no negatives)", type=POSITIVE)
-    micro_batch: int = option("training", None, "images (all ranks) with activations at once; exact", type=POSITIVE)
+    micro_batch: int = option("training", None, "images (all ranks) with activations at once; exact (default all)", type=POSITIVE)
     lr: float = option("training", None, "base rate; the rate is lr * batch * accumulate / 256", type=POSITIVE_REAL)
     lr_warmup: int = option("training", None, "epochs of linear warm-up (default a tenth)", type=COUNT)
     weight_decay: float = option("training", None, "L2, not on biases and norms", type=REAL)
@@ -137,13 +138,13 @@ class Config:
                                    type=number(float, 0, 1, open_low=True))
     label_list: str = option("evaluation", None, "file that names the labelled pictures, one a line", metavar="FILE")
 
-    out: str = option("running", None, "where results go (default runs/<data>-<method>-<loss>-s<seed>...)")
+    out: str = option("running", None, "where results go (default runs/<data>-<method>-<loss>-s<seed>...)", metavar="DIR")
     device: str = option("running", None, "cpu or cuda (default cuda where there is one)", choices=("cpu", "cuda"))
-    workers: int = option("running", None, "loader processes a rank", type=COUNT)
+    workers: int = option("running", None, "loader processes a rank (default: by the machine and the data)", type=COUNT)
     compile: bool = option("running", False, "torch.compile the method")
     checkpoint_every: int = option("running", None, "steps between checkpoints, beside each epoch's", type=POSITIVE)
     log_every: int = option("running", 10, "steps between lines of metrics.jsonl", type=POSITIVE)
-    bench: int = option("running", None, "time N steps, print a table, write nothing", type=POSITIVE, metavar="N")
+    bench: int = option("running", None, "time N steps, print a table, write nothing", type=POSITIVE)
 
 
 # What does not change the experiment: neither the name of the run's folder nor a resume asks for it.
@@ -356,7 +357,8 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
     else:
         row = local.nonzero()[:, 0]                                    # the anchor of each of the K pairs in H
         s_h = cosine[local] / tau                                      # (K,)
-        rest = s_p / tau + F.cross_entropy(without(cosine / tau, self_ | local), p, reduction="none")   # log[ e^{s_ip/tau} + sum_G ]
+        # the logarithm of e^{s_ip/tau} + sum over G: the positive's cross-entropy among positive and G, and s_ip/tau again
+        rest = F.cross_entropy(without(cosine / tau, self_ | local), p, reduction="none") + s_p / tau
         with torch.no_grad():
             top = s_h.new_full(size.shape, -math.inf).scatter_reduce(0, row, s_h, "amax")
             scale = torch.maximum(rest, top)                           # e^{1/tau} overflows float32 at tau = 0.02
@@ -1474,7 +1476,7 @@ def bench(cfg, train):
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)      # of the probe's heads, trained side by side
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)      # of the probe's heads, trained side by side
 
 
 @torch.no_grad()
@@ -1579,9 +1581,9 @@ def evaluate(backbone, cfg, train, val):
 
     classes, batch = int(train.targets.max()) + 1, max(1, min(256, len(fit)) // world()) * world()
     torch.manual_seed(cfg.seed)
-    heads = nn.ModuleList(nn.Linear(features.shape[1], classes) for _ in RATES).to(cfg.device)
-    optimizer = torch.optim.SGD([dict(params=list(head.parameters()), lr=rate) for head, rate in
-                                 zip(heads, RATES, strict=True)], momentum=0.9, weight_decay=1e-5)
+    heads = nn.Linear(features.shape[1], len(RATES) * classes).to(cfg.device)   # a head: `classes` rows, and their rate
+    rates = torch.tensor(RATES, device=cfg.device).repeat_interleave(classes)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [cfg.probe_epochs * 6 // 10, cfg.probe_epochs * 8 // 10])
     cached = cfg.data != "imagenet"
     batches = Batches(torch.arange(len(features)) if cached else fit, min(batch, len(features) // world() * world()),
@@ -1599,20 +1601,22 @@ def evaluate(backbone, cfg, train, val):
                     x = backbone(augment(item[0][:, 0].to(cfg.device), item[1][:, 0].to(cfg.device), colour=False)).float()
                 y = train.targets[item[3]].to(cfg.device)
             optimizer.zero_grad(set_to_none=True)
-            sum(F.cross_entropy(head(x), y) for head in heads).backward()
+            logits = heads(x).view(-1, classes)                                 # (B rates, classes)
+            (len(RATES) * F.cross_entropy(logits, y.repeat_interleave(len(RATES)))).backward()
             for p in heads.parameters():
-                p.grad = mean_over_ranks(p.grad)
+                p.grad = (mean_over_ranks(p.grad) + 1e-5 * p.detach()) * rates.view(-1, *[1] * (p.ndim - 1))
             optimizer.step()
         schedule.step()
 
-    def top(head, x, y, k):
-        return 100 * (head(x).topk(min(k, classes)).indices == y[:, None]).any(1).double().mean().item()
+    @torch.no_grad()
+    def top(k, x, y):
+        """Accuracy in percent of each head, the truth among its k largest logits."""
+        near = heads(x).view(len(x), -1, classes).topk(min(k, classes)).indices                # (n, rates, k)
+        return (100 * (near == y[:, None, None]).any(2).double().mean(0)).tolist()
 
-    with torch.no_grad():
-        chosen = [top(head, hold_features, hold_targets, 1) for head in heads]
-        best = max(range(len(RATES)), key=chosen.__getitem__)
-        result = dict(top1=top(heads[best], test_features, test_targets, 1),
-                      top5=top(heads[best], test_features, test_targets, 5), knn=knn)
+    chosen = top(1, hold_features, hold_targets)
+    best = max(range(len(RATES)), key=chosen.__getitem__)
+    result = dict(top1=top(1, test_features, test_targets)[best], top5=top(5, test_features, test_targets)[best], knn=knn)
     if best in (0, len(RATES) - 1):
         announce(f"warning: the probe's best rate, {RATES[best]}, is at the edge of its grid {RATES}")
     if digest(backbone.state_dict()) != before:
@@ -1673,11 +1677,11 @@ def parse(argv):
             argument["choices"] = argument["choices"] or tuple(METHODS)
         elif each.type is bool:
             argument.setdefault("action", "store_true")
-        default = "" if "default" in meta["text"] or each.default is False else \
-            f" [{'recipe' if each.default is None and meta['group'] not in ('running', 'evaluation') else each.default}]"
-        default = default.replace(" [None]", "")
-        groups[meta["group"]].add_argument(flag(each.name), default=argparse.SUPPRESS, help=meta["text"] + default,
-                                           **argument)
+        if "type" in argument:
+            argument["metavar"] = {int: "N", float: "X"}[each.type]
+        default = "recipe" if any(each.name in recipe for recipe in RECIPES.values()) else each.default
+        groups[meta["group"]].add_argument(flag(each.name), default=argparse.SUPPRESS, **argument, help=meta["text"] + (
+            f" [{default}]" if default is not None and default is not False else ""))
     given = vars(parser.parse_args(argv))
     if "probe" in given and "backbone" not in given:                            # the architecture from beside the file
         beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
@@ -1686,7 +1690,7 @@ def parse(argv):
         if not os.path.exists(beside):
             raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name its --backbone", 2)
         saved = read_config(beside)
-        inherited = {k: saved[k] for k in ("backbone", "norm", "size") if k not in given}
+        inherited = {k: saved[k] for k in ("backbone", "norm", "size") if k not in given and k in saved}
     else:
         inherited = {}
     cfg = Config(**given)

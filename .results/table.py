@@ -12,16 +12,20 @@ for line in map(json.loads, open(sys.argv[1])):
             label.append(f"{flag} {value}" if not value.startswith("--") else flag)
     groups.setdefault((line["data"], line["method"], line["loss"], " ".join(label)), {})[line["seed"]] = line
 
-spread = lambda values: f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"  # noqa: E731
-print("| data | method | loss | further flags | n | top-1 | k-NN | against infonce, paired | RankMe | threshold | \\|H\\| | purity | chance |")
+
+def spread(values):
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+print("| data | method | loss | further flags | n | top-1 | k-NN | top-1 - infonce | RankMe | eps | mean H | purity | chance |")
 print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
 for (data, method, loss, label), runs in sorted(groups.items()):
     last = [run["epochs"][-1] for run in runs.values() if run["epochs"]]
     base = groups.get((data, method, "infonce", label), {})
     both = [runs[seed]["probe"]["top1"] - base[seed]["probe"]["top1"] for seed in runs if seed in base and loss != "infonce"]
-    figure = lambda key, form=".2f": format(mean(e[key] for e in last), form) if last and last[0].get(key) is not None else ""  # noqa: E731
-    print("|", " | ".join([data, method, loss, label, str(len(runs)),
-                           spread([run["probe"]["top1"] for run in runs.values()]),
-                           spread([run["probe"]["knn"] for run in runs.values()]),
-                           f"{mean(both):+.1f} ± {stdev(both):.1f}" if len(both) > 1 else "", figure("rankme", ".1f"),
-                           figure("threshold", ".3f"), figure("local", ".1f"), figure("purity"), figure("chance")]), "|")
+    row = [data, method, loss, label, str(len(runs)), spread([run["probe"]["top1"] for run in runs.values()]),
+           spread([run["probe"]["knn"] for run in runs.values()]),
+           f"{mean(both):+.1f} ± {stdev(both):.1f}" if len(both) > 1 else ""]
+    for key, digits in (("rankme", 1), ("threshold", 3), ("local", 1), ("purity", 2), ("chance", 2)):
+        row.append(f"{mean(e[key] for e in last):.{digits}f}" if last else "")
+    print("|", " | ".join(row), "|")
