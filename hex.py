@@ -172,7 +172,7 @@ METHOD_RECIPES = {  # where a method's differs from its data's
     ("imagenet", "simsiam"): dict(lr=0.05, weight_decay=1e-4),
     ("cifar10", "mocov3"): dict(temperature=0.2),
     ("cifar100", "mocov3"): dict(temperature=0.2),
-    ("shapes", "byol"): dict(ema=0.97),
+    ("shapes", "byol"): dict(lr=0.15, ema=0.97),
 }
 
 
