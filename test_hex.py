@@ -840,7 +840,7 @@ def test_two_processes_train_as_one_and_a_stop_and_a_change_of_ranks_change_noth
     run = start("stopped")
     assert run.communicate()[0] is not None and run.returncode == 0
     one = losses("one")
-    assert len(one) == 32 and one[0] - one[19] > 0.3
+    assert len(one) == 32 and one[0] - one[19] > 0.1
     for other in ("two", "stopped"):
         assert losses(other)[:20] == pytest.approx(one[:20], abs=1e-4) and len(losses(other)) == 32
 
