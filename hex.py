@@ -31,6 +31,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import sys
 import threading
@@ -264,7 +265,7 @@ def adaptive_threshold(cosine, quantile=0.99, *, kept=None):
     """
     cosine = cosine.to(torch.promote_types(cosine.dtype, torch.float32))
     if kept is None:
-        kept = (cosine != -math.inf).sum(1)
+        kept = count(cosine != -math.inf)
         if (kept == 0).any():
             raise ValueError("a row holds no entry but -inf: its quantile is not defined")
     columns = cosine.shape[1]
@@ -273,13 +274,18 @@ def adaptive_threshold(cosine, quantile=0.99, *, kept=None):
     return largest.gather(1, from_top.long()[:, None]).mean()
 
 
+def count(mask):
+    """True entries of each row. (A plain sum(1) would copy the mask to int64, the largest tensor of the loss.)"""
+    return mask.sum(1, dtype=torch.int32)
+
+
 @dataclass(frozen=True)
 class AdaptiveThreshold:
     """H: above the adaptive eps, which is taken over the entries `seen` and averaged over ranks (paper)."""
     quantile: float = 0.99
 
     def __call__(self, cosine, seen, epoch=0):
-        eps = mean_over_ranks(adaptive_threshold(cosine.masked_fill(~seen, -math.inf), self.quantile, kept=seen.sum(1)))
+        eps = mean_over_ranks(adaptive_threshold(cosine.masked_fill(~seen, -math.inf), self.quantile, kept=count(seen)))
         return eps, cosine > eps
 
 
@@ -351,7 +357,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
     with torch.no_grad():
         eps, local = threshold(cosine, negative | released, epoch)     # the released quantile sees self and positive
         local = local & negative                                       # H(i); G(i) = negative & ~local
-        size = local.sum(1).to(cosine.dtype)                           # |H(i)|
+        size = count(local).to(cosine.dtype)                           # |H(i)|
     if released:
         loss, clamped = _released(cosine, negative & ~local, s_p, tau), size > 0
     else:
@@ -1456,8 +1462,9 @@ def bench(cfg, train):
     covered = sum(v for each in steps for k, v in each.items() if k != "start") / sum(sum(e.values()) for e in steps)
     announce(f"{'step':10} {whole:9.2f} ms; in no stage {1 - covered:.1%}; "
              f"{cfg.batch_size * cfg.accumulate * 1e3 / whole:.0f} images/s")
-    if cfg.device == "cuda":
-        announce(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak, what = (torch.cuda.max_memory_allocated(), "GPU") if cfg.device == "cuda" else (resident, "process")
+    announce(f"peak memory of the {what} {peak / 2**30:.2f} GiB")
     share = cfg.batch_size // world()
     a, b = (torch.randn(share, cfg.dim or 128, device=cfg.device, requires_grad=True) for _ in range(2))
     watch, spent = Stopwatch(exact=True), {}
@@ -1567,9 +1574,10 @@ def evaluate(backbone, cfg, train, val):
     labelled = labelled[permutation(len(labelled), cfg.seed, "holdout")]
     targets = train.targets[labelled]
     held = place_in_class(targets) < (targets.bincount() // 10).clamp_min(1).minimum(targets.bincount() - 1)[targets]
-    if not held.any():
-        raise UserError("the probe needs a class with two labelled pictures, to hold one out; give it more labels")
     fit, hold = labelled[~held], labelled[held]
+    if not len(hold):
+        announce("warning: no class has two labelled pictures, one to hold out: the probe's rate is chosen on pictures it saw")
+        hold = fit
     test_features, kept = extract(backbone, val, torch.arange(len(val)), cfg)
     test_targets = val.targets[kept].to(cfg.device)
     bank = fit[:262144]                                                         # of k-NN: what fits into a GPU's memory
@@ -1623,9 +1631,8 @@ def evaluate(backbone, cfg, train, val):
         raise RuntimeError("the frozen backbone changed during the probe: its accuracy means nothing")
     return result | dict(rate=RATES[best], holdout=dict(zip(map(str, RATES), chosen, strict=True)), epochs=cfg.probe_epochs,
                          features="centre crops, cached" if cached else "crops and flips", train=len(fit),
-                         held_out=len(hold),
-                         val=len(test_targets), knn_bank=len(bank_targets), labels_sha256=mark, backbone_sha256=before,
-                         seconds=round(time.time() - started, 1))
+                         held_out=int(held.sum()), val=len(test_targets), knn_bank=len(bank_targets),
+                         labels_sha256=mark, backbone_sha256=before, seconds=round(time.time() - started, 1))
 
 
 def load_backbone(cfg):
@@ -1817,6 +1824,7 @@ def process_group(cfg):
 
 
 def run(cfg, given, argv):
+    torch.backends.cudnn.benchmark = True                                       # the sizes of a run are fixed
     if cfg.bench:
         return bench(cfg, load_data(cfg)[0])
     backbone = load_backbone(cfg) if cfg.probe else None
@@ -1826,6 +1834,7 @@ def run(cfg, given, argv):
     if not os.path.exists(results):
         announce(f"{out}: {len(train)} train and {len(val)} val pictures; {cfg.batch_size} images give "
                  f"{2 * cfg.batch_size - 2} negatives an anchor")
+        labelled_pictures(cfg, train)              # what is wrong with the labels is said now, not after the training
         if backbone is None:
             model = pretrain(cfg, train, val, out)
             backbone = model.method.backbone
