@@ -781,6 +781,14 @@ def test_the_probe_of_separable_features_is_perfect_and_leaves_the_backbone_alon
     assert result["top1"] == result["top5"] == result["knn"] == 100
 
 
+def test_a_probe_with_one_picture_a_class_warns_that_it_holds_none_out(capsys):
+    data = hx.draw_shapes(12, 0)                                                # 12 kinds
+    cfg, _ = hx.parse(["--epochs", "0", "--backbone", "pixels", "--workers", "0", "--probe-epochs", "2", "--device", "cpu"])
+    result = hx.evaluate(hx.build_backbone("pixels", 32)[0], cfg, data, data)
+    assert result["held_out"] == 0 and result["train"] == 12
+    assert "warning: no class has two labelled pictures" in capsys.readouterr().err
+
+
 def test_label_fractions_are_balanced_and_deterministic():
     cfg, _ = hx.parse(["--label-fraction", "0.1"])
     data = hx.Pictures(torch.zeros(1003, 1), torch.arange(1003) % 7)
@@ -812,7 +820,7 @@ def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, small
     trainer.step(iter(hx.loader(hx.Views(data, 32), hx.Batches(torch.arange(64), 64, 0), trainer.cfg)), data, 0, 9, 9)
     assert trainer.skipped == 1 and all(torch.equal(v, trainer.model.state_dict()[k]) for k, v in before.items())
     status, lines = told(capsys, *SMALL, "--epochs", "4", "--out", tmp_path / "o")
-    assert status == 1 and "not finite" in lines[0]
+    assert status == 1 and "not finite" in lines[0] and not (tmp_path / "o" / "checkpoint.pt").exists()   # of two epochs
 
 
 def test_two_processes_train_as_one_and_a_stop_and_a_change_of_ranks_change_nothing(tmp_path):
@@ -860,7 +868,7 @@ BAD = [
     ("--data cifar10 --threshold oracle", 2, "oracle"), ("--hex-warmup 3 --epochs 3", 2, "--hex-warmup"),
     ("--batch-size 100000", 2, "--batch-size"), ("--backbone resnet19", 2, "resnet18"), ("--backbone squeezenet1_0", 2, "Linear"),
     ("--backbone vgg11 --norm group", 2, "--norm group"), ("--probe nowhere.pt", 2, "nowhere.pt"),
-    ("--probe text --backbone resnet18", 1, "text"), ("--label-fraction 0.0001 --epochs 0", 2, "--label-fraction"),
+    ("--probe text --backbone resnet18", 1, "text"), ("--label-fraction 0.0001", 2, "--label-fraction"),
     ("--label-fraction 2", 2, "--label-fraction"), ("--out text", 1, "text"), ("--out flat", 1, "flat"),
     ("--micro-batch 7", 2, "--micro-batch"), ("--device cuda", 2, "--device cuda"),
     ("--probe text --backbone resnet18 --loss hex", 2, "--probe"), ("--backbone pixels", 2, "--epochs 0"),
