@@ -164,7 +164,8 @@ RECIPES = {
 }
 RECIPES["folder"] = RECIPES["imagenet"]
 RECIPES["cifar100"] = RECIPES["cifar10"]
-RECIPES["small"] = RECIPES["shapes"] | dict(epochs=10, crop_min=0.2, grey=0.2, hidden=512, dim=128, predictor=512, queue=4096)
+RECIPES["small"] = RECIPES["shapes"] | dict(epochs=15, lr=0.2, crop_min=0.2, grey=0.2, hidden=512, dim=128, predictor=512,
+                                            queue=4096)
 METHOD_RECIPES = {  # where a method's differs from its data's
     ("imagenet", "simclr"): dict(accumulate=16),
     ("imagenet", "nnclr"): dict(weight_decay=1e-5),
