@@ -36,6 +36,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -58,7 +59,7 @@ class UserError(Exception):
         self.status = status
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):              # not an Exception: what reads files catches those
     """A signal asked the run to stop. Whatever it did is in the checkpoint, or will be done again."""
 
 
@@ -82,8 +83,8 @@ def option(group, default, text, **argument):
     return field(default=default, metadata=dict(group=group, text=text, argument=argument))
 
 
-COUNT, POSITIVE = number(int, 0), number(int, 1)
-PROBABILITY, POSITIVE_REAL, REAL = number(float, 0, 1), number(float, 0, open_low=True), number(float, 0)
+COUNT, POSITIVE = number(int, 0, 2**31), number(int, 1, 2**31)
+PROBABILITY, POSITIVE_REAL, REAL = number(float, 0, 1), number(float, 0, 1e6, open_low=True), number(float, 0, 1e6)
 DATA, IMAGE_FOLDERS = ("shapes", "cifar10", "cifar100", "imagenet", "folder"), ("imagenet", "folder")
 LOSSES, THRESHOLDS = ("base", "infonce", "dcl", "hex", "released"), ("adaptive", "step", "cosine", "oracle")
 
@@ -106,7 +107,7 @@ class Config:
     method: str = option("method", "simclr", "the SSL method", choices=None)
     loss: str = option("method", "hex", "base: the method's own; or what takes its place or joins it", choices=LOSSES)
     threshold: str = option("method", "adaptive", "what splits H from G; oracle uses LABELS", choices=THRESHOLDS)
-    temperature: float = option("method", None, "tau", type=POSITIVE_REAL)
+    temperature: float = option("method", None, "tau", type=number(float, 0.001, 1e6))
     quantile: float = option("method", 0.99, "q", type=number(float, 0, 1, open_low=True, open_high=True))
     beta: float = option("method", 1.0, "how much the nearest weigh in Q", type=REAL)
     tau_plus: float = option("method", 0.1, "assumed share of positives in H", type=number(float, 0, 1, open_high=True))
@@ -172,10 +173,12 @@ METHOD_RECIPES = {  # where a method's differs from its data's
     ("imagenet", "mocov3"): dict(temperature=1.0, lr=0.6),
     ("imagenet", "byol"): dict(lr=0.45),
     ("imagenet", "simsiam"): dict(lr=0.05, weight_decay=1e-4),
+    ("cifar10", "nnclr"): dict(temperature=0.2, weight_decay=1e-5, queue=65536),
+    ("cifar10", "barlow"): dict(lr=0.3, hidden=2048, dim=2048),
     ("cifar10", "mocov3"): dict(temperature=0.2),
-    ("cifar100", "mocov3"): dict(temperature=0.2),
     ("shapes", "byol"): dict(lr=0.15, ema=0.97),
 }
+METHOD_RECIPES |= {("cifar100", method): recipe for (data, method), recipe in METHOD_RECIPES.items() if data == "cifar10"}
 
 
 def rank():
@@ -317,7 +320,7 @@ class CosineThreshold(_Schedule):
     epochs: int = 100
 
     def at(self, epoch):
-        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(epoch / self.epochs, 1))) / 2
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(epoch / max(1, self.epochs), 1))) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -622,11 +625,14 @@ class HEX(nn.Module):
     def loss(self, *embeddings, epoch=0, threshold=None):
         """-> loss (scalar), stats (detached scalars). threshold: for this batch (the oracle's needs its labels)."""
         with torch.autocast(embeddings[0].device.type, enabled=False):
-            embeddings = [e.to(torch.promote_types(e.dtype, torch.float32)) for e in embeddings]
+            embeddings = [e.to(torch.promote_types(e.dtype, torch.float32)) if e.is_floating_point() else e for e in embeddings]
             own, pairs = self.method.loss(*embeddings)
+            own = torch.as_tensor(own, device=embeddings[0].device)
             stats = {"own": own.detach()}
             if self.name == "base" or epoch < self.warmup:
                 loss = own
+            elif not pairs:
+                raise ValueError(f"loss = {self.name!r} needs pairs (a, b), and the method's loss returned none")
             else:
                 terms = [self.term(a, b, epoch, threshold or self.threshold) for a, b in pairs]
                 term = sum(value for value, _ in terms) / len(terms)
@@ -710,7 +716,7 @@ def build_backbone(name, size=224, norm="batch"):
             shape = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size)).shape
         if shape != (2, width):
             raise ValueError(f"it gives features of shape {tuple(shape[1:])}, not {width}")
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise UserError(f"--backbone {name}: cannot work at --size {size}: {str(error).splitlines()[0]}", 2) from error
     return model, width
 
@@ -771,7 +777,7 @@ class Folder(torchvision.datasets.ImageFolder):
         self.targets = torch.tensor(self.targets, dtype=torch.long)
 
     def find_classes(self, directory):
-        classes, _ = super().find_classes(directory)
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
         missing = sorted(set(self.only or []) - set(classes))
         if missing:
             raise UserError(f"--classes: {missing[0]} is no folder of {directory}")
@@ -779,16 +785,18 @@ class Folder(torchvision.datasets.ImageFolder):
         return classes, {name: index for index, name in enumerate(classes)}
 
     def name(self, index):
-        return self.samples[index][0]
+        """The file, in one line of text: a line feed in its name is written as \\n."""
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda odd: repr(odd[0])[1:-1], self.samples[index][0])
 
     def read(self, index):
         """(3, H, W) uint8, upright: JPEG (grey and CMYK too), PNG (16 bits too), WebP or GIF, whatever the suffix."""
-        path = self.name(index)
         try:
-            data = torchvision.io.read_file(path)
+            with open(self.samples[index][0], "rb") as file:                    # (torchvision's own wants UTF-8 names)
+                data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
             picture = torchvision.io.decode_image(data, mode="RGB", apply_exif_orientation=True)
         except Exception as error:
-            raise UserError(f"{path}: not a readable picture ({str(error).strip().splitlines()[0][:120]}): "
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            raise UserError(f"{self.name(index)}: not a readable picture ({reason}): "
                             "mend or remove the file, or give --skip-bad-files") from None
         picture = picture[0] if picture.ndim == 4 else picture                  # an animated GIF's first frame
         return (picture.to(torch.int32) // 257).to(torch.uint8) if picture.dtype == torch.uint16 else picture
@@ -824,6 +832,15 @@ def draw_shapes(count, seed):
     return Pictures((255 * pictures).byte(), kind, family)
 
 
+def read_lines(path):
+    """The lines of a text file, without blank ones and doubles. ValueError: there are none, or it is not text."""
+    with open(path, encoding="utf-8-sig") as file:
+        lines = list(dict.fromkeys(line.strip() for line in file if line.strip()))
+    if not lines:
+        raise ValueError("the file is empty")
+    return lines
+
+
 def load_data(cfg):
     """-> train, val: something with len, read(index), name(index), targets (tensor) and coarse (tensor or None)."""
     if cfg.data == "shapes":
@@ -848,13 +865,16 @@ def load_data(cfg):
             raise UserError(f"--root {cfg.root}: there is no folder {split}/ in it: expected "
                             "ROOT/train/<class>/* and ROOT/val/<class>/*", 2)
     try:
-        only = open(cfg.classes).read().split() if cfg.classes else None
-    except (OSError, UnicodeDecodeError) as error:
+        only = read_lines(cfg.classes) if cfg.classes else None
+    except (OSError, ValueError) as error:
         raise UserError(f"--classes {cfg.classes}: cannot be read: {error}", 2) from error
     train, val = (Folder(os.path.join(cfg.root, split), only, cfg.skip_bad_files) for split in ("train", "val"))
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(f"--root {cfg.root}: train/ and val/ hold different classes: {', '.join(odd[:5])}")
+    for split, pictures in (("train", train), ("val", val)):
+        if not len(pictures):
+            raise UserError(f"--root {cfg.root}: there is no picture in {split}/")
     return train, val
 
 
@@ -1015,6 +1035,8 @@ class LARS(torch.optim.Optimizer):
                   dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, adapt=False)]
         super().__init__([group for group in groups if group["params"]],
                          dict(lr=lr, momentum=momentum, eta=eta, clip=clip))
+        for p in params:
+            self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1030,8 +1052,6 @@ class LARS(torch.optim.Optimizer):
                 factor = torch.where((w > 0) & (g > 0), factor, 1)
                 grads = torch._foreach_add(grads, params, alpha=decay)
                 torch._foreach_mul_(grads, list(factor.unbind()))
-            for p in params:
-                self.state[p].setdefault("momentum", torch.zeros_like(p))
             buffers = [self.state[p]["momentum"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
@@ -1056,10 +1076,14 @@ def build_model(cfg):
     accepted = inspect.signature(kind).parameters
     heads = {name: getattr(cfg, name) for name in ("hidden", "dim", "predictor", "queue", "ema", "temperature")
              if name in accepted and getattr(cfg, name) is not None}
-    method = kind(backbone, width, norm=group_norm if cfg.norm == "group" else nn.BatchNorm1d, **heads)
+    try:
+        method = kind(backbone, width, norm=group_norm if cfg.norm == "group" else nn.BatchNorm1d, **heads)
+    except RuntimeError as error:
+        raise UserError(f"--method {cfg.method}: its heads cannot be made ({str(error).splitlines()[0]}): lower --hidden, "
+                        "--dim, --predictor or --queue", 2) from error
     threshold = {"adaptive": AdaptiveThreshold(cfg.quantile), "oracle": None,
-                 "step": StepThreshold(0.9, 0.1, max(1, cfg.epochs // 10)),
-                 "cosine": CosineThreshold(0.9, 0.3, max(1, cfg.epochs))}[cfg.threshold]
+                 "step": StepThreshold(0.9, 0.1, max(1, math.ceil(cfg.epochs / 10))),
+                 "cosine": CosineThreshold(0.9, 0.3, cfg.epochs)}[cfg.threshold]
     return HEX(method, cfg.loss, alpha=cfg.alpha, temperature=cfg.temperature, threshold=threshold, beta=cfg.beta,
                tau_plus=cfg.tau_plus, warmup=cfg.hex_warmup)
 
@@ -1093,12 +1117,27 @@ class Stopwatch:
         return [(b[0], 1e3 * (b[1] - a[1])) for a, b in zip(marks, marks[1:], strict=False)]
 
 
+def layout(tree, path=""):
+    """{place in a nest of dicts and lists: shape and dtype of a tensor, or type}: what checkpoints of a run have in common."""
+    if isinstance(tree, (dict, list)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, each in items for k, v in layout(each, f"{path}{'.' if path else ''}{key}").items()}
+    return {path: (tree.shape, tree.dtype, tree.layout) if isinstance(tree, torch.Tensor) else type(tree)}
+
+
 class Trainer:
     """The model, its optimiser and scaler, and one step of them: all that a checkpoint holds."""
 
-    def __init__(self, cfg):
-        self.cfg, self.skipped, self.lap = cfg, 0, Stopwatch(cfg.bench is not None)
+    def __init__(self, cfg, train):
+        self.cfg, self.train, self.steps, self.skipped = cfg, train, 0, 0       # steps done; skipped in a row
         self.asked, self.stop = False, False                                    # a signal on this rank; agreed by all
+        self.lap = Stopwatch(cfg.bench is not None)
+        self.batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
+        self.per_epoch = len(self.batches) // cfg.accumulate
+        self.total = cfg.epochs * self.per_epoch
+        if not self.per_epoch and cfg.epochs:
+            raise UserError(f"--batch-size {cfg.batch_size} --accumulate {cfg.accumulate}: more than the {len(train)} train "
+                            "pictures; lower them", 2)
         self.model = build_model(cfg)
         if cfg.micro_batch and cfg.micro_batch < cfg.batch_size:
             for path, module in self.model.named_modules():
@@ -1117,21 +1156,32 @@ class Trainer:
         self.optimizer = LARS((p for p in self.model.parameters() if p.requires_grad), self.peak, eta=cfg.eta,
                               weight_decay=cfg.weight_decay, clip=cfg.clip)
         self.scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
+        # A step that is skipped leaves these as they were, too: a forward pass has already changed them.
+        self.running = [buffer for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                        for buffer in module.buffers()]
 
     def state(self):
         return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                    scaler=self.scaler.state_dict(), skipped=self.skipped)
+                    scaler=self.scaler.state_dict(), steps=self.steps)
 
-    def load(self, state):
-        mine, theirs = self.model.state_dict(), state["model"]
-        odd = sorted(k for k in mine.keys() | theirs.keys() if k not in mine or k not in theirs
-                     or mine[k].shape != theirs[k].shape)
-        if odd:
-            raise UserError(f"the checkpoint's tensors differ from the model's: {', '.join(odd[:5])}")
-        self.model.load_state_dict(theirs)
+    def save(self, path):
+        """In rank 0. Not after a skipped step, or with weights that are not finite: the last good one stays."""
+        if rank() == 0 and not self.skipped and all(p.isfinite().all() for p in self.model.parameters()):
+            file = io.BytesIO()
+            torch.save(self.state(), file)
+            write(path, file.getvalue())
+
+    def load(self, path):
+        state = read_tensors(path, "checkpoint")
+        mine, theirs = layout(self.state()), layout(state)
+        odd = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        if odd or not 0 <= state["steps"] <= self.total:
+            raise UserError(f"{path}: not a checkpoint of this run: {', '.join(odd[:5]) or 'its step'} "
+                            f"{'differ' if len(odd) > 1 else 'differs'}; delete it to start again, or give another --out")
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.skipped = state["skipped"]
+        self.steps = state["steps"]
 
     def embed(self, crops, parameters):
         """(m, 2, 3, S, S) uint8 and (m, 2, 8) -> the method's embeddings, each (m, ...)."""
@@ -1174,22 +1224,23 @@ class Trainer:
         self.lap("backward")
         return loss.detach(), stats, flags
 
-    def step(self, batches, train, step, total, per_epoch):
-        """One optimiser step over `accumulate` losses. batches: an iterator of the loader. Returns loss, stats, lr."""
-        cfg = self.cfg
+    def step(self, source):
+        """One optimiser step over `accumulate` losses. source: an iterator of the loader. Returns loss, stats, lr."""
+        cfg, step = self.cfg, self.steps
         torch.manual_seed(generator(cfg.seed, "step", step, rank()).getrandbits(63))  # dropout, stochastic depth
-        lr = learning_rate(step, total, cfg.lr_warmup * per_epoch, self.peak)
+        lr = learning_rate(step, self.total, cfg.lr_warmup * self.per_epoch, self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
+        running = [buffer.clone() for buffer in self.running]
         flags, oracle = 0, cfg.threshold == "oracle" and cfg.loss in ("hex", "released")
         for part in range(cfg.accumulate):
-            crops, parameters, index, used = next(batches)
-            note_bad_files(train, index, used)
+            crops, parameters, index, used = next(source)
+            note_bad_files(self.train, index, used)
             crops, parameters = (each.to(cfg.device, non_blocking=True) for each in (crops, parameters))
-            labels = train.coarse[used].to(cfg.device) if oracle else None      # the one place where labels touch a loss
+            labels = self.train.coarse[used].to(cfg.device) if oracle else None  # the one place where labels touch a loss
             self.lap("load")
-            loss, stats, flag = self.gradients(crops, parameters, step // per_epoch, labels, part == cfg.accumulate - 1)
+            loss, stats, flag = self.gradients(crops, parameters, step // self.per_epoch, labels, part == cfg.accumulate - 1)
             flags = flags + flag
         # Read once a step, when the backward is queued: a GPU has work while the host waits for the loss.
         broken, self.stop = (flag > 0 for flag in flags.tolist())
@@ -1198,10 +1249,13 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             broken = cfg.amp == "fp16" and self.scaler.get_scale() < scale      # fp16: a scale that fell is a skip
-        if not broken:
-            self.model.method.steps = total
+        if broken:
+            for buffer, before in zip(self.running, running, strict=True):
+                buffer.copy_(before)
+        else:
+            self.model.method.steps = self.total
             self.model.after_step(step + 1)
-        self.skipped = self.skipped + 1 if broken else 0
+        self.steps, self.skipped = step + 1, self.skipped + 1 if broken else 0
         self.lap("optimiser")
         return loss, stats, lr
 
@@ -1230,18 +1284,14 @@ def write(path, data):
 def read_tensors(path, what):
     """torch.load that runs no code from the file. UserError: missing, damaged, or not a file of tensors."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip():                                             # torch.load does not look at the checksums
+                    raise ValueError("checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: not a readable {what} ({type(error).__name__}): "
                         "damaged, or not made of plain tensors; delete it or give another") from None
-
-
-def save(out, trainer, step):
-    """checkpoint.pt, in rank 0."""
-    if rank() == 0:
-        file = io.BytesIO()
-        torch.save(dict(step=step, **trainer.state()), file)
-        write(os.path.join(out, "checkpoint.pt"), file.getvalue())
 
 
 def list_bad_files(out, *splits):
@@ -1253,7 +1303,7 @@ def list_bad_files(out, *splits):
     found = set(mine).union(*filter(None, found))
     if found and rank() == 0:
         if os.path.exists(path):
-            found |= set(open(path, encoding="utf-8", errors="surrogateescape").read().splitlines())
+            found |= set(open(path, encoding="utf-8", errors="surrogateescape").read().split("\n")[:-1])
         write(path, "".join(f"{name}\n" for name in sorted(found)).encode(errors="surrogateescape"))
 
 
@@ -1269,8 +1319,8 @@ class Metrics:
         self.path, lines = os.path.join(out, "metrics.jsonl"), []
         if rank() == 0:
             if os.path.exists(self.path):
-                for line in open(self.path, encoding="utf-8"):
-                    with contextlib.suppress(ValueError):                      # the last line of a killed run
+                for line in open(self.path, encoding="utf-8", errors="replace"):
+                    with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run
                         if json.loads(line)["step"] <= keep:
                             lines.append(line)
             write(self.path, "".join(lines))
@@ -1319,7 +1369,7 @@ def emergence(model, cfg, train, val, picture=None):
     bank, query = (permutation(len(split), "subset")[:count] for split, count in ((train, 2048), (val, 512)))
     features, kept = extract(model.method.backbone, train, bank, cfg)
     tests, tested = extract(model.method.backbone, val, query, cfg)
-    singular = torch.linalg.svdvals(features.float())
+    singular = torch.linalg.svdvals(features) if features.isfinite().all() else features.new_full((1,), math.nan)
     p = singular / singular.sum() + 1e-7
     out["rankme"] = (-p * p.log()).sum().exp()                                  # Garrido et al. 2023
     out["knn"] = nearest_neighbours(features, train.targets[bank[kept]], tests, val.targets[query[tested]])
@@ -1341,7 +1391,9 @@ def draw_neighbours(path, views, index, local, cosine, rows=8, columns=8):
             chosen = list(dict.fromkeys([index[anchor], *(index[j] for j in members)]))[:columns]
             strip = [views[0, i][0][0].float() / 255 for i in chosen]
             grid += strip + [torch.ones_like(strip[0])] * (columns - len(strip))
-    torchvision.utils.save_image(torchvision.utils.make_grid(grid, nrow=columns, pad_value=1), path)
+    file = io.BytesIO()
+    torchvision.utils.save_image(torchvision.utils.make_grid(grid, nrow=columns, pad_value=1), file, format="png")
+    write(path, file.getvalue())
 
 
 @contextlib.contextmanager
@@ -1356,101 +1408,88 @@ def handled(handler):
             signal.signal(each, old)
 
 
-def pretrain(cfg, train, val, out):
+def pretrain(trainer, val, out):
     """Trains, resumes, logs; leaves checkpoint.pt and backbone.pt. Returns the model."""
-    trainer = Trainer(cfg)
-    batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
-    per_epoch = len(batches) // cfg.accumulate
-    if not per_epoch and cfg.epochs:
-        raise UserError(f"--batch-size {cfg.batch_size} --accumulate {cfg.accumulate}: more than the {len(train)} train "
-                        "pictures; lower them", 2)
-    total, step, path = cfg.epochs * per_epoch, 0, os.path.join(out, "checkpoint.pt")
-    if os.path.exists(path):
-        state = read_tensors(path, "checkpoint")
-        try:
-            trainer.load(state)
-            step = state["step"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a checkpoint of this run ({error}); delete it to start again") from error
-    note = Metrics(out, step or -1)                                             # step 0 is noted again
-    views = train_views(train, cfg)
-    source, bar = loader(views, batches, cfg), tqdm(total=total, initial=step, disable=rank() > 0, unit="step")
-    warned = False
+    cfg, train, batches, checkpoint = trainer.cfg, trainer.train, trainer.batches, os.path.join(out, "checkpoint.pt")
+    if os.path.exists(checkpoint):
+        trainer.load(checkpoint)
+    note = Metrics(out, trainer.steps or -1)                                    # step 0 is noted again
+    source, warned = loader(train_views(train, cfg), batches, cfg), False
+    bar = tqdm(total=trainer.total, initial=trainer.steps, disable=rank() > 0, unit="step")
 
     def finish_the_step(*_):
         trainer.asked = True
 
     with handled(finish_the_step), bar:
-        if step == 0:
+        if trainer.steps == 0:
             early = os.path.join(out, "neighbours_early.png")
             note(event="epoch", step=0, epoch=0, **emergence(trainer.model, cfg, train, val, early))
-        while step < total:
-            batches.epoch, batches.start = step // per_epoch, step % per_epoch * cfg.accumulate
+        while trainer.steps < trainer.total:
+            epoch, done = divmod(trainer.steps, trainer.per_epoch)
+            batches.epoch, batches.start = epoch, done * cfg.accumulate
             iterator = iter(source)
             trainer.lap("start")
-            while True:
-                loss, stats, lr = trainer.step(iterator, train, step, total, per_epoch)
-                step += 1
-                ends = step % per_epoch == 0
+            for step in range(trainer.steps + 1, (epoch + 1) * trainer.per_epoch + 1):
+                loss, stats, lr = trainer.step(iterator)
                 if trainer.skipped:
                     note(event="skipped", step=step, in_a_row=trainer.skipped)
-                if trainer.skipped >= 10 and cfg.amp != "fp16" or trainer.skipped >= 50:
+                if trainer.skipped >= (50 if cfg.amp == "fp16" else 10):        # a scaler needs some to find its scale
                     raise UserError(f"the loss is not finite, {trainer.skipped} steps in a row, at step {step}: lower "
                                     "--lr, or use --amp bf16 or off; the last checkpoint is intact")
-                if step % cfg.log_every == 0 or step == total:
+                if step % cfg.log_every == 0 or step == trainer.total:
                     spans = trainer.lap.spans()
                     spent = sum(ms for _, ms in spans) or 1e-9
                     speed = dict(images_per_second=cfg.batch_size * cfg.accumulate * 1e3 / spent
                                  * sum(stage == "optimiser" for stage, _ in spans),
                                  data_wait=sum(ms for stage, ms in spans if stage == "load") / spent)
                     stats = {key: mean_over_ranks(value).item() for key, value in (("loss", loss), *stats.items())}
-                    note(event="step", step=step, epoch=(step - 1) // per_epoch, **stats, lr=lr, **speed)
+                    note(event="step", step=step, epoch=epoch, **stats, lr=lr, **speed)
                     shown = {key: f"{stats[key]:.3g}" for key in ("loss", "threshold", "local") if key in stats}
                     bar.set_postfix(shown | {"img/s": f"{speed['images_per_second']:.0f}",
                                              "wait": f"{speed['data_wait']:.0%}"}, refresh=False)
                 bar.update()
+                ends = step % trainer.per_epoch == 0
                 if ends:
                     figures = emergence(trainer.model, cfg, train, val)
-                    note(event="epoch", step=step, epoch=step // per_epoch, **figures)
+                    note(event="epoch", step=step, epoch=epoch + 1, **figures)
                     if figures["std"] < 0.1 and not warned:
                         warned = True
                         announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1 at epoch "
-                                 f"{step // per_epoch}): lower --lr, or check the augmentation")
+                                 f"{epoch + 1}): lower --lr, or check the augmentation")
                 if ends or trainer.stop or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
-                    if not trainer.skipped:                                     # else the last one may be the last good one
-                        save(out, trainer, step)
+                    trainer.save(checkpoint)
                     list_bad_files(out, train, val)
-                if trainer.stop and step < total:
+                if trainer.stop:
                     raise Interrupted
-                if ends:
-                    break
                 trainer.lap("log")
             trainer.lap.marks.clear()
+    backbone = {key: value.cpu() for key, value in trainer.model.method.backbone.state_dict().items()}
+    if not all(value.isfinite().all() for value in backbone.values()):
+        raise UserError("the weights are not finite: lower --lr, and give another --out")
     if rank() == 0:
         file = io.BytesIO()
-        torch.save({key: value.cpu() for key, value in trainer.model.method.backbone.state_dict().items()}, file)
+        torch.save(backbone, file)
         write(os.path.join(out, "backbone.pt"), file.getvalue())
+    if trainer.asked:                                                           # while the last epoch was being described
+        raise Interrupted
     return trainer.model
 
 
 def bench(cfg, train):
     """Times --bench N steps after a warm-up; prints milliseconds and share a stage, and HEX's overhead over InfoNCE."""
-    trainer, warm = Trainer(cfg), 3
-    batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
-    if not len(batches):
-        raise UserError(f"--batch-size {cfg.batch_size}: more than the {len(train)} train pictures; lower it", 2)
-    views = train_views(train, cfg)
-    source, per_epoch, steps = loader(views, batches, cfg), len(batches) // cfg.accumulate, []
+    trainer, warm, steps = Trainer(cfg, train), 3, []
+    source = loader(train_views(train, cfg), trainer.batches, cfg)
 
     def forever():
         while True:
             yield from source
-            batches.epoch += 1
+            trainer.batches.epoch += 1
 
     iterator = forever()
     for step in range(warm + cfg.bench):
         trainer.lap("start")
-        trainer.step(iterator, train, min(step, per_epoch - 1), max(per_epoch, 1), per_epoch)
+        trainer.steps = cfg.hex_warmup * trainer.per_epoch + min(step, trainer.per_epoch - 1)
+        trainer.step(iterator)
         spans = trainer.lap.spans()
         if step >= warm:
             steps.append({stage: sum(ms for name, ms in spans if name == stage) for stage, _ in spans})
@@ -1504,6 +1543,8 @@ def extract(backbone, pictures, indices, cfg):
             rows.append(backbone(x).float())
         kept.append(index == used)
     rows, kept = gather(torch.cat(rows))[:len(indices)], gather(torch.cat(kept).to(cfg.device))[:len(indices)].cpu()
+    if not kept.any():
+        raise UserError(f"none of {len(indices)} pictures could be read, the first: {pictures.name(int(indices[0]))}")
     return rows[kept.to(rows.device)], kept
 
 
@@ -1531,16 +1572,17 @@ def labelled_pictures(cfg, train):
     classes = int(train.targets.max()) + 1
     if cfg.label_list:
         try:
-            wanted = open(cfg.label_list, encoding="utf-8").read().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
+            wanted, where = read_lines(cfg.label_list), {}
+        except (OSError, ValueError) as error:
             raise UserError(f"--label-list {cfg.label_list}: cannot be read: {error}", 2) from error
-        where = {key: i for i in range(len(train)) for key in (os.path.basename(train.name(i)),
-                                                               os.sep.join(train.name(i).split(os.sep)[-2:]))}
-        wanted = [line.strip() for line in wanted if line.strip()]
-        missing = [line for line in wanted if line not in where]
-        if missing or not wanted:
-            raise UserError(f"--label-list {cfg.label_list}: {len(missing)} of {len(wanted)} names are no train picture, "
-                            f"the first: {missing[0] if missing else 'the file is empty'}")
+        for i in range(len(train)):                                             # a picture goes by file or by class/file
+            parts = train.name(i).split(os.sep)
+            for key in (parts[-1], os.sep.join(parts[-2:])):
+                where[key] = i if key not in where else None                    # None: of several pictures
+        odd = [line for line in wanted if where.get(line) is None]
+        if odd:
+            raise UserError(f"--label-list {cfg.label_list}: {len(odd)} of {len(wanted)} names are of no train picture, or "
+                            f"of several (then write class/file), the first: {odd[0]}")
         return torch.tensor(sorted({where[line] for line in wanted}))
     if not cfg.label_fraction:
         return torch.arange(len(train))
@@ -1548,9 +1590,10 @@ def labelled_pictures(cfg, train):
     if total < classes:
         raise UserError(f"--label-fraction {cfg.label_fraction}: {total} labels for {classes} classes leaves a class "
                         "empty; raise it", 2)
-    quota = total // classes + (permutation(classes, "labels") < total % classes).long()
     order = permutation(len(train), "labels")
-    return order[place_in_class(train.targets[order]) < quota[train.targets[order]]].sort().values
+    targets = train.targets[order]                                              # in turn, one of each class that has more
+    turn = place_in_class(targets) * classes + permutation(classes, "labels")[targets]
+    return order[turn.argsort()[:total]].sort().values
 
 
 def digest(state):
@@ -1594,9 +1637,9 @@ def evaluate(backbone, cfg, train, val):
     heads = nn.Linear(features.shape[1], len(RATES) * classes).to(cfg.device)   # a head: `classes` rows, and their rate
     rates = torch.tensor(RATES, device=cfg.device).repeat_interleave(classes)
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [cfg.probe_epochs * 6 // 10, cfg.probe_epochs * 8 // 10])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, cfg.probe_epochs * share // 10) for share in (6, 8)])
     cached = cfg.data != "imagenet"
-    batches = Batches(torch.arange(len(features)) if cached else fit, min(batch, len(features) // world() * world()),
+    batches = Batches(torch.arange(len(features)) if cached else fit, min(batch, max(1, len(features) // world()) * world()),
                       cfg.seed, "probe")
     views = Views(train, cfg.size, views=1, seed=cfg.seed, colour=False, skip=cfg.skip_bad_files)
     source = None if cached else loader(views, batches, cfg)
@@ -1640,7 +1683,8 @@ def evaluate(backbone, cfg, train, val):
 def load_backbone(cfg):
     """The backbone in --probe FILE: plain torchvision keys; fc.* is ignored, any other foreign key refused."""
     state = read_tensors(cfg.probe, "backbone")
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                                           for k, v in state.items()):
         raise UserError(f"--probe {cfg.probe}: not a state dict of tensors; give a run's backbone.pt")
     backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     mine, state = backbone.state_dict(), {k: v for k, v in state.items() if not k.startswith("fc.")}
@@ -1692,10 +1736,10 @@ def parse(argv):
         groups[meta["group"]].add_argument(flag(each.name), default=argparse.SUPPRESS, **argument, help=meta["text"] + (
             f" [{default}]" if default is not None and default is not False else ""))
     given = vars(parser.parse_args(argv))
+    if "probe" in given and not os.path.isfile(given["probe"]):
+        raise UserError(f"--probe {given['probe']}: there is no such file", 2)
     if "probe" in given and "backbone" not in given:                            # the architecture from beside the file
         beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
-        if not os.path.exists(given["probe"]):
-            raise UserError(f"--probe {given['probe']}: there is no such file", 2)
         if not os.path.exists(beside):
             raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name its --backbone", 2)
         saved = read_config(beside)
@@ -1718,7 +1762,7 @@ def parse(argv):
         cfg.workers = 0 if cfg.device == "cpu" and cfg.data not in IMAGE_FOLDERS else min(12, cores // 2)
     cfg.blur = (0.5 if cfg.size > 64 else 0.0) if cfg.blur is None else cfg.blur
     cfg.hex_warmup = round(0.1 * cfg.epochs) if cfg.hex_warmup is None else cfg.hex_warmup
-    cfg.lr_warmup = min(10, math.ceil(0.1 * cfg.epochs)) if cfg.lr_warmup is None else cfg.lr_warmup
+    cfg.lr_warmup = max(0, min(10, math.ceil(0.1 * cfg.epochs), cfg.epochs - 1)) if cfg.lr_warmup is None else cfg.lr_warmup
     cfg.alpha = METHODS[cfg.method].alpha if cfg.alpha is None else cfg.alpha
     for name in ("root", "classes", "probe", "label_list"):
         if getattr(cfg, name):
@@ -1762,7 +1806,9 @@ def check(cfg, given):
          f"{cfg.micro_batch}: must divide --batch-size {cfg.batch_size} and be a multiple of the {ranks} ranks"),
         (cfg.epochs and cfg.hex_warmup >= cfg.epochs, f"--hex-warmup {cfg.hex_warmup}: as long as --epochs "
          f"{cfg.epochs}: the loss would never be used; lower it"),
-        (cfg.epochs and cfg.lr_warmup > cfg.epochs, f"--lr-warmup {cfg.lr_warmup}: longer than --epochs {cfg.epochs}"),
+        (cfg.epochs and cfg.lr_warmup >= cfg.epochs, f"--lr-warmup {cfg.lr_warmup}: as long as --epochs {cfg.epochs}: the "
+         "rate would never fall; lower it"),
+        (cfg.blur and cfg.size < 20, f"--blur {cfg.blur}: at --size {cfg.size} its kernel is one pixel; leave it out"),
         (cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"), f"--threshold oracle: --data {cfg.data} "
          "has no super-classes; use shapes or cifar100"),
         (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU is visible; use --device cpu"),
@@ -1776,11 +1822,24 @@ def check(cfg, given):
         announce("note: --threshold oracle takes H(i) from LABELS: a diagnostic, not self-supervised learning")
 
 
-def read_config(path):
+def read_json(path, key, kind):
+    """A JSON file whose `key` is a `kind`. UserError: it is not."""
     try:
-        return json.load(open(path, encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable config.json ({error}); delete it or give another --out") from error
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        if not isinstance(found[key], kind):
+            raise ValueError(f"its {key} is {found[key]!r}")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable {os.path.basename(path)} ({type(error).__name__}: {error}); delete it, or give "
+                        "another --out") from error
+
+
+def read_config(path):
+    config = read_json(path, "config", dict)["config"]
+    if not isinstance(config.get("backbone"), str) or not isinstance(config.get("size"), int):
+        raise UserError(f"{path}: its config names no backbone and size; delete it, or give another --out")
+    return config
 
 
 def prepare_out(cfg, given, argv):
@@ -1796,7 +1855,7 @@ def prepare_out(cfg, given, argv):
         odd = [f"{flag(key)} {saved.get(key)} there, {mine[key]} here" for key in mine if saved.get(key) != mine[key]]
         if odd:
             raise UserError(f"--out {out}: holds another experiment ({'; '.join(odd)}); give another --out")
-    elif os.path.exists(out) and (not os.path.isdir(out) or set(os.listdir(out)) - {"config.json.tmp"}):
+    elif os.path.exists(out) and (not os.path.isdir(out) or set(os.listdir(out)) - {"config.json", "config.json.tmp"}):
         raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
     elif rank() == 0:                       # (another rank may see the temporary file of this)
         try:
@@ -1829,16 +1888,23 @@ def run(cfg, given, argv):
     torch.backends.cudnn.benchmark = True                                       # the sizes of a run are fixed
     if cfg.bench:
         return bench(cfg, load_data(cfg)[0])
+    # Whatever is wrong with the command shows before the run's folder is made.
     backbone = load_backbone(cfg) if cfg.probe else None
     train, val = load_data(cfg)
-    labelled_pictures(cfg, train)                  # what is wrong with the labels is said now, not after the training
+    labelled_pictures(cfg, train)
+    trainer = None if cfg.probe else Trainer(cfg, train)
     out = prepare_out(cfg, given, argv)
     results = os.path.join(out, "probe.json")
     if not os.path.exists(results):
-        announce(f"{out}: {len(train)} train and {len(val)} val pictures; {cfg.batch_size} images give "
-                 f"{2 * cfg.batch_size - 2} negatives an anchor")
-        if backbone is None:
-            model = pretrain(cfg, train, val, out)
+        announce(f"{out}: {len(train)} train and {len(val)} val pictures"
+                 + ("" if cfg.probe else f"; {cfg.batch_size} images give {2 * cfg.batch_size - 2} negatives an anchor"))
+        if trainer:
+            try:
+                model = pretrain(trainer, val, out)
+            except (RuntimeError, EOFError, OSError):
+                if trainer.asked:                  # the signal went to the loader processes as well, or to another rank
+                    raise Interrupted from None
+                raise
             backbone = model.method.backbone
             emergence(model, cfg, train, val, os.path.join(out, "neighbours.png"))
         result = evaluate(backbone, cfg, train, val)
@@ -1848,7 +1914,7 @@ def run(cfg, given, argv):
     if world() > 1:
         dist.barrier()
     if rank() == 0:
-        result = json.load(open(results, encoding="utf-8"))
+        result = read_json(results, "top1", float)
         print(f"{out}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, k-NN {result['knn']:.2f} %")
 
 
@@ -1865,10 +1931,21 @@ def main(argv=None):
             with process_group(cfg):
                 run(cfg, given, argv)
         return 0
-    except UserError as error:                     # from a loader process its text comes inside a traceback
+    except UserError as error:
+        text = str(error).strip()
+        if "in DataLoader worker process" in text:                              # its text comes at the end of a traceback
+            text = text.splitlines()[-1].partition("UserError: ")[2]
         if first or error.status != 2:             # every rank sees that the command is wrong: one line is enough
-            print(f"hex.py: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr, flush=True)
+            print(f"hex.py: error: {text}", file=sys.stderr, flush=True)
         return error.status
+    except OSError as error:
+        print(f"hex.py: error: {error}: mend that, and run the same command again", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
+            raise
+        print("hex.py: another rank has ended: see what it says", file=sys.stderr, flush=True)
+        return 1
     except Interrupted:
         if first:
             print("hex.py: interrupted, run the same command again", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 """Tests of hex.py. First the loss: the equations again as loops, closed forms, the authors' numbers, two ranks."""
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -647,26 +648,38 @@ def test_a_run_its_files_its_resume_and_its_probe(tmp_path, small_shapes, capsys
     status, lines = told(capsys, *SMALL, "--beta", "0.5", "--out", whole)
     assert status == 1 and len(lines) == 1 and "--beta 1.0 there, 0.5 here" in lines[0]
 
-    step, stops = hx.Trainer.step, iter([False, True, False, False, True, False, False, False])
+    step, stops = hx.Trainer.step, iter([False, True, False, False, True, False, False, True])
     monkeypatch.setattr(hx.Trainer, "step", lambda self, *a: (step(self, *a), setattr(self, "stop", next(stops)))[0])
-    statuses = [hx.main([*SMALL, "--out", str(killed)]) for _ in range(3)]      # stopped mid-epoch, twice
+    statuses = [hx.main([*SMALL, "--out", str(killed)]) for _ in range(4)]      # mid-epoch, twice; at the end
     crashed, calls = tmp_path / "crashed", iter(range(1, 99))
     monkeypatch.setattr(hx.Trainer, "step", lambda self, *a: step(self, *a) if next(calls) != 8 else 1 / 0)
     with pytest.raises(ZeroDivisionError):                                      # in step 8, after the checkpoint of 6
         hx.main([*SMALL, "--checkpoint-every", "3", "--out", str(crashed)])
-    assert torch.load(crashed / "checkpoint.pt", weights_only=True)["step"] == 6
+    assert torch.load(crashed / "checkpoint.pt", weights_only=True)["steps"] == 6
     assert hx.main([*SMALL, "--out", str(crashed)]) == 0
-    assert statuses == [hx.INTERRUPTED, hx.INTERRUPTED, 0]
+    assert statuses == [hx.INTERRUPTED] * 3 + [0]
     timing = {"images_per_second", "data_wait"}
     for other in (killed, crashed):
         assert (whole / "backbone.pt").read_bytes() == (other / "backbone.pt").read_bytes()
         assert [{k: v for k, v in e.items() if k not in timing} for e in events(whole)] == \
             [{k: v for k, v in e.items() if k not in timing} for e in events(other)]
-    for name in ("checkpoint.pt", "config.json"):                               # damaged: said, not trained over
-        (crashed / "probe.json").unlink(missing_ok=True)
-        (crashed / name).write_bytes((crashed / name).read_bytes()[:100])
+    (crashed / "probe.json").unlink()
+    checkpoint = (crashed / "checkpoint.pt").read_bytes()
+    flipped = checkpoint[:99999] + bytes([checkpoint[99999] ^ 1]) + checkpoint[100000:]
+    state, other = torch.load(crashed / "checkpoint.pt", weights_only=True), io.BytesIO()
+    state["optimizer"]["state"][0]["momentum"] = torch.zeros(3)
+    torch.save(state, other)
+    config, stopped = (crashed / "config.json").read_bytes(), hx.Interrupted()
+    for name, content, word in (("checkpoint.pt", flipped, "damaged"), ("checkpoint.pt", checkpoint[:100], "damaged"),
+                                ("checkpoint.pt", other.getvalue(), "optimizer.state.0.momentum differs"),
+                                ("config.json", config[:100], "readable"), ("config.json", b"[5]", "readable")):
+        (crashed / name).write_bytes(content)                                   # said, not trained over
         status, lines = told(capsys, *SMALL, "--out", crashed)
-        assert status == 1 and len(lines) == 1 and name in lines[0]
+        assert status == 1 and len(lines) == 1 and name in lines[0] and word in lines[0]
+    (crashed / "config.json").write_bytes(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *a, **k: (_ for _ in ()).throw(stopped))
+        assert hx.main([*SMALL, "--out", str(crashed)]) == hx.INTERRUPTED       # not: a damaged file
 
     backbone, quick = whole / "backbone.pt", ["--probe-epochs", "2", "--workers", "0"]
     assert hx.main(["--probe", str(backbone), *quick, "--out", str(tmp_path / "p")]) == 0
@@ -739,13 +752,16 @@ def test_a_folder_of_odd_pictures_then_bad_ones(tmp_path, capsys):
     bad[1].write_text("no picture")
     bad[2].write_bytes((root / "train/ü/0.jpg").read_bytes()[:200])
     bad[3].symlink_to(root / "nowhere.png")
+    bad.append(root / "train/a b/UserError: two\nlines.jpg")
+    bad[4].write_text("no picture")
+    shutil.copy(root / "train/ü/3.JPEG", os.fsencode(root / "train/ü") + b"/\xff\xfe.png")    # good, if oddly named
     for workers in (0, 1):
         status, lines = told(capsys, *FOLDER, "--root", root, "--workers", workers, "--out", tmp_path / f"bad{workers}")
-        assert status == 1 and len(lines) == 1 and any(str(path) in lines[0] for path in bad)
+        assert status == 1 and len(lines) == 1 and any(str(path).replace("\n", "\\n") in lines[0] for path in bad)
         assert "--skip-bad-files" in lines[0]
     out = tmp_path / "skip"
     assert hx.main([*FOLDER, "--root", str(root), "--workers", "1", "--skip-bad-files", "--out", str(out)]) == 0
-    assert (out / "bad_files.txt").read_text().splitlines() == sorted(map(str, bad))
+    assert (out / "bad_files.txt").read_text().splitlines() == sorted(str(path).replace("\n", "\\n") for path in bad)
 
 
 def test_cifar_from_an_archive_in_its_own_format(tmp_path, monkeypatch):
@@ -797,13 +813,32 @@ def test_label_fractions_are_balanced_and_deterministic():
     assert torch.equal(chosen, hx.labelled_pictures(cfg, data))
 
 
+def test_labels_of_unequal_classes_and_of_a_list(tmp_path):
+    for sizes, fraction, want in (((10, 90), 1.0, [10, 90]), ((10, 90), 0.5, [10, 40]), ((5, 50, 500), 0.1, [5, 25, 26])):
+        data = hx.Pictures(torch.zeros(sum(sizes), 1), torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
+        chosen = hx.labelled_pictures(hx.parse(["--label-fraction", str(fraction)])[0], data)
+        assert sorted(data.targets[chosen].bincount().tolist()) == want
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/3.png"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_text("")
+    (tmp_path / "val").mkdir()
+    folder, listed = hx.Folder(str(tmp_path / "train")), tmp_path / "list"
+    cfg, _ = hx.parse(["--data", "folder", "--root", str(tmp_path), "--label-list", str(listed)])
+    listed.write_text("b/1.png\r\n2.png\n\n2.png\n")
+    assert hx.labelled_pictures(cfg, folder).tolist() == [1, 2]
+    for bad in ("1.png", "4.png", ""):                                          # of two pictures, of none, no name at all
+        listed.write_text(bad)
+        with pytest.raises(hx.UserError, match="--label-list"):
+            hx.labelled_pictures(cfg, folder)
+
+
 def test_micro_batches_give_the_whole_gradient(tmp_path):
     argv = ["--batch-size", "32", "--norm", "group", "--workers", "0", "--device", "cpu"]
     grads = []
     views = hx.Views(hx.draw_shapes(32, 0), 32)
     crops, parameters, *_ = zip(*(views[0, i] for i in range(32)), strict=True)
     for further in ([], ["--micro-batch", "8"]):
-        trainer = hx.Trainer(hx.parse(argv + further)[0])
+        trainer = hx.Trainer(hx.parse(argv + further)[0], views.pictures)
         trainer.gradients(torch.stack(crops), torch.stack(parameters), 5, None, True)
         grads.append([p.grad for p in trainer.model.parameters()])
     for one, many in zip(*grads, strict=True):
@@ -814,10 +849,10 @@ def test_micro_batches_give_the_whole_gradient(tmp_path):
 def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path, small_shapes, monkeypatch, capsys):
     loss = hx.HEX.loss
     monkeypatch.setattr(hx.HEX, "loss", lambda self, *e, **k: (loss(self, *e, **k)[0] * math.nan, {}))
-    trainer = hx.Trainer(hx.parse([*SMALL, "--method", "byol"])[0])
-    before = {k: v.clone() for k, v in trainer.model.state_dict().items() if "running" not in k and "tracked" not in k}
     data = hx.draw_shapes(1024, 0)
-    trainer.step(iter(hx.loader(hx.Views(data, 32), hx.Batches(torch.arange(64), 64, 0), trainer.cfg)), data, 0, 9, 9)
+    trainer = hx.Trainer(hx.parse([*SMALL, "--method", "byol"])[0], data)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}      # BatchNorm's statistics among them
+    trainer.step(iter(hx.loader(hx.train_views(data, trainer.cfg), trainer.batches, trainer.cfg)))
     assert trainer.skipped == 1 and all(torch.equal(v, trainer.model.state_dict()[k]) for k, v in before.items())
     status, lines = told(capsys, *SMALL, "--epochs", "4", "--out", tmp_path / "o")
     assert status == 1 and "not finite" in lines[0] and not (tmp_path / "o" / "checkpoint.pt").exists()   # of two epochs
@@ -866,7 +901,12 @@ BAD = [
     ("--data folder --root nowhere", 2, "nowhere"), ("--data folder --root flat", 2, "train"),
     ("--data folder --root odd", 1, "different classes"), ("--data folder --root flatval", 1, "val"),
     ("--data cifar10 --threshold oracle", 2, "oracle"), ("--hex-warmup 3 --epochs 3", 2, "--hex-warmup"),
-    ("--batch-size 100000", 2, "--batch-size"), ("--backbone resnet19", 2, "resnet18"), ("--backbone squeezenet1_0", 2, "Linear"),
+    ("--batch-size 100000", 2, "--batch-size"),
+    ("--lr-warmup 3 --epochs 3", 2, "--lr-warmup"), ("--lr 1e39", 2, "--lr"), ("--seed 99999999999999999999", 2, "--seed"),
+    ("--dim 2000000000 --hidden 2000000000", 2, "--hidden"), ("--backbone vit_b_16 --size 33", 2, "--size 33"),
+    ("--blur 0.5 --size 16", 2, "--blur"), ("--data folder --root spaces --classes text", 1, "not a file of tensors"),
+    ("--data folder --root spaces", 1, "val/"), ("--micro-batch 128", 2, "BatchNorm"),
+    ("--backbone resnet19", 2, "resnet18"), ("--backbone squeezenet1_0", 2, "Linear"),
     ("--backbone vgg11 --norm group", 2, "--norm group"), ("--probe nowhere.pt", 2, "nowhere.pt"),
     ("--probe text --backbone resnet18", 1, "text"), ("--label-fraction 0.0001", 2, "--label-fraction"),
     ("--label-fraction 2", 2, "--label-fraction"), ("--out text", 1, "text"), ("--out flat", 1, "flat"),
@@ -880,10 +920,11 @@ def test_bad_input_is_one_clear_line(argv, status, word, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "text").write_text("not a file of tensors")
-    for path in ("flat/x", "odd/train/a", "odd/train/b", "odd/val/a", "odd/val/c", "flatval/train/a", "flatval/val"):
+    for path in ("flat/x", "odd/train/a", "odd/train/b", "odd/val/a", "odd/val/c", "flatval/train/a", "flatval/val",
+                 "spaces/train/a b", "spaces/val/a b"):
         (tmp_path / path).mkdir(parents=True)
     for path in ("odd/train/a/1.jpg", "odd/train/b/1.jpg", "odd/val/a/1.jpg", "odd/val/c/1.jpg", "flatval/train/a/1.jpg",
-                 "flatval/val/1.jpg"):
+                 "flatval/val/1.jpg", "spaces/train/a b/1.jpg"):
         (tmp_path / path).write_text("")
     monkeypatch.setattr(hx, "draw_shapes", lambda count, seed, draw=hx.draw_shapes: draw(count // 16, seed))
     got = hx.main(argv.split())
@@ -892,6 +933,7 @@ def test_bad_input_is_one_clear_line(argv, status, word, tmp_path, monkeypatch, 
     assert got == status and line.startswith("hex.py: error: ") and word in line and out == ""
     assert all(each.startswith(("note: ", "probe: ", "runs/")) for each in notes) and "Traceback" not in err
     assert (tmp_path / "text").read_text() == "not a file of tensors" and os.listdir(tmp_path / "flat") == ["x"]
+    assert not os.path.exists("runs")                                           # nothing that the mended command would meet
 
 
 @pytest.mark.parametrize("argv, word", [("--batch-size 256", "--batch-size 256"),
