@@ -365,8 +365,8 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
     if released:
         loss, clamped = _released(cosine, negative & ~local, s_p, tau), size > 0
     else:
-        row = local.nonzero()[:, 0]                                    # the anchor of each of the K pairs in H
-        s_h = cosine[local] / tau                                      # (K,)
+        pair = local.flatten().nonzero()[:, 0]                         # the K pairs in H, about 1 % of all: kept sparse
+        row, s_h = pair // local.shape[1], cosine.flatten().index_select(0, pair) / tau      # anchors, logits: (K,)
         # the logarithm of e^{s_ip/tau} + sum over G: the positive's cross-entropy among positive and G, and s_ip/tau again
         rest = F.cross_entropy(without(cosine / tau, self_ | local), p, reduction="none") + s_p / tau
         with torch.no_grad():
