@@ -795,7 +795,7 @@ class Folder(torchvision.datasets.ImageFolder):
                 data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
             picture = torchvision.io.decode_image(data, mode="RGB", apply_exif_orientation=True)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            reason = re.sub(r".*\.cpp:\d+, ", "", (str(error).strip() or type(error).__name__).splitlines()[0])
             raise UserError(f"{self.name(index)}: not a readable picture ({reason}): "
                             "mend or remove the file, or give --skip-bad-files") from None
         picture = picture[0] if picture.ndim == 4 else picture                  # an animated GIF's first frame
@@ -1007,10 +1007,15 @@ def detach_worker(_):
 
 
 def loader(views, batches, cfg):
-    """batches: lists of (epoch, index). Yields what Views gives, stacked."""
+    """batches: lists of (epoch, index). Yields what Views gives, stacked.
+
+    Loader processes are spawned: a fork beside running threads (autograd's, gloo's, CUDA's) now and then never returns.
+    That takes them seconds, so a short list of batches is read without them.
+    """
+    workers = 0 if isinstance(batches, list) and len(batches) <= 16 else cfg.workers
     return torch.utils.data.DataLoader(
-        views, batch_sampler=batches, num_workers=cfg.workers, pin_memory=cfg.device == "cuda",
-        persistent_workers=cfg.workers > 0, worker_init_fn=detach_worker if cfg.workers else None)
+        views, batch_sampler=batches, num_workers=workers, pin_memory=cfg.device == "cuda", persistent_workers=workers > 0,
+        worker_init_fn=detach_worker if workers else None, multiprocessing_context="spawn" if workers else None)
 
 
 def note_bad_files(pictures, index, used):
@@ -1327,11 +1332,8 @@ class Metrics:
 
     def __call__(self, **event):
         if rank() == 0:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({key: plain(value) for key, value in event.items()}) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({key: plain(value) for key, value in event.items()}) + "\n")
 
 
 @torch.no_grad()
