@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 from itertools import product
 
 import numpy
@@ -382,8 +383,8 @@ def test_a_view_depends_on_seed_epoch_index_and_view_alone():
     keys = [(2, i) for i in range(24)]
     alone = [views[key] for key in keys]
     for workers, batch in ((0, 8), (1, 6), (2, 4)):
-        loader = torch.utils.data.DataLoader(views, batch_sampler=[keys[i:i + batch] for i in range(0, 24, batch)],
-                                             num_workers=workers)
+        batches = tuple(keys[i:i + batch] for i in range(0, 24, batch))
+        loader = hx.loader(views, batches, types.SimpleNamespace(workers=workers, device="cpu"))
         for got, want in zip((torch.cat(each) for each in zip(*loader, strict=True)), zip(*alone, strict=True),
                              strict=True):
             assert torch.equal(got, torch.stack([torch.as_tensor(w) for w in want]))
