@@ -13,7 +13,7 @@ import random
 import sys
 import time
 import types
-from statistics import median
+from statistics import mean, median
 
 import torch
 import torchvision
@@ -30,8 +30,8 @@ for name in ("solo", "lightly", "authors", "root"):
 args = parser.parse_args()
 
 
-def race(repeats, **runners):
-    """Median milliseconds of each, interleaved; the first turn is left out."""
+def race(repeats, middle=median, **runners):
+    """Median (or mean) milliseconds of each, interleaved; the first turn is left out."""
     spent = {name: [] for name in runners}
     for turn in range(repeats + 1):
         for name, runner in runners.items():
@@ -39,7 +39,7 @@ def race(repeats, **runners):
             runner()
             if turn:
                 spent[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(each) for name, each in spent.items()}
+    return {name: middle(each) for name, each in spent.items()}
 
 
 def module(path):
@@ -105,9 +105,9 @@ if args.what == "data":
         picture = Image.open(files.samples[next(turn["pil"])][0]).convert("RGB")
         return pil(picture), pil(picture)
 
-    ms = race(3 * len(files), decode=lambda: files.read(next(turn["decode"])), ours=lambda: views[0, next(turn["ours"])], pil=in_pil)
+    ms = race(3 * len(files), mean, decode=lambda: files.read(next(turn["decode"])), ours=lambda: views[0, next(turn["ours"])], pil=in_pil)
     crops, parameters, *_ = zip(*(views[0, i] for i in range(32)), strict=True)
-    moved = race(5, augment=lambda: [hx.augment(torch.stack(crops)[:, v], torch.stack(parameters)[:, v], blur=True) for v in (0, 1)])
+    moved = race(5, median, augment=lambda: [hx.augment(torch.stack(crops)[:, v], torch.stack(parameters)[:, v], blur=True) for v in (0, 1)])
     print(len(glob.glob(os.path.join(args.root, "*/*"))), "files, ms an image:", {name: round(each, 2) for name, each in ms.items()},
           f"ours / decode {ms['ours'] / ms['decode']:.2f}, pil / ours {ms['pil'] / ms['ours']:.2f}; moved to the device "
           f"{moved['augment'] / 32:.2f} ms on this CPU")
