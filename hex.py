@@ -32,6 +32,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -1814,6 +1815,8 @@ def check(cfg, given):
         (cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"), f"--threshold oracle: --data {cfg.data} "
          "has no super-classes; use shapes or cifar100"),
         (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU is visible; use --device cpu"),
+        (cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), "--compile: torch.compile needs "
+         "a C++ compiler, and there is no g++ on the PATH; install one, or leave --compile out"),
         (cfg.bench and not cfg.epochs, "--bench: --epochs 0 has no step to time"),
         (cfg.backbone == "pixels" and cfg.epochs and not cfg.probe, "--backbone pixels: nothing to train; add --epochs 0"),
     ]
