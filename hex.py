@@ -17,7 +17,8 @@ HEX splits the InfoNCE denominator at an adaptive threshold eps, and weights the
     python hex.py --probe runs/.../backbone.pt --data folder --root DIR      evaluate, or transfer
 
 The file reads from the top: config, the HEX loss, SSL methods and the wrapper, data and augmentation, optimiser and
-schedule, pre-training, evaluation, command line. Who stops after the HEX loss has got the paper.
+schedule, pre-training, evaluation, command line. Who stops after the HEX loss has got the paper; that section, with the
+imports, can be copied out alone.
 """
 import argparse
 import contextlib
@@ -39,6 +40,7 @@ import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -127,7 +129,7 @@ class Config:
     accumulate: int = option("training", None, "losses in one step (adds no negatives)", type=POSITIVE)
     micro_batch: int = option("training", None, "images (all ranks) with activations at once; exact (default all)", type=POSITIVE)
     lr: float = option("training", None, "base rate; the rate is lr * batch * accumulate / 256", type=POSITIVE_REAL)
-    lr_warmup: int = option("training", None, "epochs of linear warm-up (default a tenth)", type=COUNT)
+    lr_warmup: int = option("training", None, "epochs of linear warm-up (default a tenth, 10 at most)", type=COUNT)
     weight_decay: float = option("training", None, "L2, not on biases and norms", type=REAL)
     eta: float = option("training", None, "trust coefficient of LARS", type=POSITIVE_REAL)
     clip: bool = option("training", None, "LARS only ever lowers a rate (the authors' setting)",
@@ -135,7 +137,8 @@ class Config:
     amp: str = option("training", None, "autocast", choices=("off", "bf16", "fp16"))
     seed: int = option("training", 0, "of weights, order and views", type=COUNT)
 
-    probe: str = option("evaluation", None, "evaluate this backbone.pt and do nothing else", metavar="FILE")
+    probe: str = option("evaluation", None, "evaluate this backbone.pt and do nothing else (default --data: its own)",
+                        metavar="FILE")
     probe_epochs: int = option("evaluation", 100, "epochs of the linear probe", type=POSITIVE)
     label_fraction: float = option("evaluation", None, "share of train labels that the probe sees, class-balanced",
                                    type=number(float, 0, 1, open_low=True))
@@ -182,6 +185,9 @@ METHOD_RECIPES = {  # where a method's differs from its data's
 METHOD_RECIPES |= {("cifar100", method): recipe for (data, method), recipe in METHOD_RECIPES.items() if data == "cifar10"}
 
 
+# --- The HEX loss -----------------------------------------------------------------------------------------------------
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -189,9 +195,6 @@ def rank():
 def world():
     """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-# --- The HEX loss -----------------------------------------------------------------------------------------------------
 
 
 class _Gather(torch.autograd.Function):
@@ -224,9 +227,10 @@ def mean_over_ranks(x):
 
 
 def similarities(a, b):
-    """Cosine of this rank's n/W anchors with all n = 2N embeddings (columns: every rank's a, then every rank's b).
+    """Cosine of this rank's 2N / world anchors with all 2N embeddings (columns: every rank's a, then every rank's b).
 
-    Returns cosine (n/W, n), its masks of self and of positives (bool, same shape), s_ip and p(i), both (n/W,).
+    Returns cosine (2N / world, 2N) in [-1, 1], its masks of self and of positives (bool, same shape), s_ip and p(i), both
+    (2N / world,). ValueError: shapes differ, or N < 2.
     """
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"a and b must be row-aligned (N, D) tensors, not {tuple(a.shape)} and {tuple(b.shape)}")
@@ -234,8 +238,8 @@ def similarities(a, b):
         raise ValueError("a contrastive loss needs at least 2 images: N = 1 leaves an anchor without negatives")
     with torch.autocast(a.device.type, enabled=False):
         a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (a, b))
-        cosine = torch.cat([a, b]) @ torch.cat([gather(a), gather(b)]).T                        # (n/W, n)
-        s_p = (a * b).sum(1).repeat(2)                                                          # (n/W,)
+        cosine = torch.cat([a, b]) @ torch.cat([gather(a), gather(b)]).T                        # (2N / world, 2N)
+        s_p = (a * b).sum(1).repeat(2)                                                          # (2N / world,)
     column = torch.arange(cosine.shape[1], device=a.device)
     first = rank() * len(a) + column[:len(a)]
     second = first + len(column) // 2
@@ -357,7 +361,8 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
     """
     if beta < 0 or not 0 <= tau_plus < 1:
         raise ValueError(f"beta = {beta} must be >= 0 and tau_plus = {tau_plus} in [0, 1)")
-    tau, (cosine, self_, positive, s_p, p) = temperature, similarities(a, b)
+    tau = temperature
+    cosine, self_, positive, s_p, p = similarities(a, b)
     negative = ~(self_ | positive)
     with torch.no_grad():
         eps, local = threshold(cosine, negative | released, epoch)     # the released quantile sees self and positive
@@ -366,8 +371,9 @@ def hex_nce(a, b, temperature=0.1, *, threshold=ADAPTIVE, beta=1.0, tau_plus=0.1
     if released:
         loss, clamped = _released(cosine, negative & ~local, s_p, tau), size > 0
     else:
-        pair = local.flatten().nonzero()[:, 0]                         # the K pairs in H, about 1 % of all: kept sparse
-        row, s_h = pair // local.shape[1], cosine.flatten().index_select(0, pair) / tau      # anchors, logits: (K,)
+        pair = local.flatten().nonzero()[:, 0]                         # the K pairs in H, a few per cent of all: sparse
+        row = pair // local.shape[1]                                   # (K,) their anchors
+        s_h = cosine.flatten().index_select(0, pair) / tau             # (K,) their logits
         # the logarithm of e^{s_ip/tau} + sum over G: the positive's cross-entropy among positive and G, and s_ip/tau again
         rest = F.cross_entropy(without(cosine / tau, self_ | local), p, reduction="none") + s_p / tau
         with torch.no_grad():
@@ -414,8 +420,9 @@ def mlp(*widths, norm=None, last_norm=False):
 
 
 class Method(nn.Module):
-    """What HEX asks of a method. Any nn.Module with these three can be wrapped.
+    """Base of the methods here. HEX itself asks for forward(x1, x2) -> embeddings and loss; after_step is optional.
 
+    The loop below also needs `backbone`, and the class in METHODS.
     alpha, scale: HEX's weight and factor beside the method's own loss (alpha 1: it takes its place).
     steps: of the whole run, for schedules; the loop sets it.
     """
@@ -494,7 +501,10 @@ def cross_entropy_of_pairs(a, b, temperature):
 
 
 class Momentum(Method):
-    """Shared by MoCo v3 and BYOL: a target that follows the online network, its momentum rising to 1 by a cosine."""
+    """Shared by MoCo v3 and BYOL: a target that follows the online network, its momentum rising to 1 by a cosine.
+
+    The target's BatchNorm statistics are those of its own forward passes, not copies: its weights lag behind.
+    """
 
     def __init__(self, backbone, projector, predictor, ema):
         super().__init__(backbone)
@@ -513,8 +523,6 @@ class Momentum(Method):
         momentum = 1 - (1 - self.ema) * (math.cos(math.pi * share) + 1) / 2
         online = nn.Sequential(self.backbone, self.projector)
         torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
-        for mine, other in zip(self.target.buffers(), online.buffers(), strict=True):
-            mine.copy_(other)                                                 # so that the target can be evaluated
 
 
 class MoCoV3(Momentum):
@@ -1173,9 +1181,7 @@ class Trainer:
     def save(self, path):
         """In rank 0. Not after a skipped step, or with weights that are not finite: the last good one stays."""
         if rank() == 0 and not self.skipped and all(p.isfinite().all() for p in self.model.parameters()):
-            file = io.BytesIO()
-            torch.save(self.state(), file)
-            write(path, file.getvalue())
+            write_tensors(path, self.state())
 
     def load(self, path):
         state = read_tensors(path, "checkpoint")
@@ -1287,6 +1293,12 @@ def write(path, data):
                         "make room or give another --out, then run the same command again") from error
 
 
+def write_tensors(path, tree):
+    file = io.BytesIO()
+    torch.save(tree, file)
+    write(path, file.getvalue())
+
+
 def read_tensors(path, what):
     """torch.load that runs no code from the file. UserError: missing, damaged, or not a file of tensors."""
     try:
@@ -1384,16 +1396,16 @@ def emergence(model, cfg, train, val, picture=None):
 
 
 def draw_neighbours(path, views, index, local, cosine, rows=8, columns=8):
-    """A row: an anchor, then the members of its H(i), the nearest first; blank where H(i) has no more."""
-    grid, anchors = [], local.sum(1).argsort(descending=True, stable=True).tolist()
-    seen = set()
-    for anchor in anchors:
-        if index[anchor] not in seen and len(seen) < rows:
-            seen.add(index[anchor])
-            members = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
-            chosen = list(dict.fromkeys([index[anchor], *(index[j] for j in members)]))[:columns]
-            strip = [views[0, i][0][0].float() / 255 for i in chosen]
-            grid += strip + [torch.ones_like(strip[0])] * (columns - len(strip))
+    """A row: an anchor, then the pictures in its H(i), the nearest first; blank where H(i) has no more.
+
+    The anchors are the first of the fixed batch (which is in random order) whose H(i) is not empty.
+    """
+    grid = []
+    for anchor in [i for i in range(len(local) // 2) if local[i].any()][:rows] or [0]:
+        members = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
+        chosen = list(dict.fromkeys([index[anchor], *(index[j] for j in members)]))[:columns]
+        strip = [views[0, i][0][0].float() / 255 for i in chosen]
+        grid += strip + [torch.ones_like(strip[0])] * (columns - len(strip))
     file = io.BytesIO()
     torchvision.utils.save_image(torchvision.utils.make_grid(grid, nrow=columns, pad_value=1), file, format="png")
     write(path, file.getvalue())
@@ -1470,9 +1482,7 @@ def pretrain(trainer, val, out):
     if not all(value.isfinite().all() for value in backbone.values()):
         raise UserError("the weights are not finite: lower --lr, and give another --out")
     if rank() == 0:
-        file = io.BytesIO()
-        torch.save(backbone, file)
-        write(os.path.join(out, "backbone.pt"), file.getvalue())
+        write_tensors(os.path.join(out, "backbone.pt"), backbone)
     if trainer.asked:                                                           # while the last epoch was being described
         raise Interrupted
     return trainer.model
@@ -1496,12 +1506,12 @@ def bench(cfg, train):
         spans = trainer.lap.spans()
         if step >= warm:
             steps.append({stage: sum(ms for name, ms in spans if name == stage) for stage, _ in spans})
-    whole = sorted(sum(each.values()) for each in steps)[len(steps) // 2]
+    whole = median(sum(each.values()) for each in steps)
     announce(f"{cfg.data} {cfg.method} {cfg.loss} {cfg.backbone} batch {cfg.batch_size} x {cfg.accumulate} on "
              f"{cfg.device} x {world()}, {torch.get_num_threads()} threads, {cfg.workers} workers: "
              f"median of {cfg.bench} steps")
     for stage in ("load", "augment", "forward", "loss", "backward", "optimiser"):
-        middle = sorted(each.get(stage, 0) for each in steps)[len(steps) // 2]
+        middle = median(each.get(stage, 0) for each in steps)
         announce(f"{stage:10} {middle:9.2f} ms {middle / whole:6.1%}")
     covered = sum(v for each in steps for k, v in each.items() if k != "start") / sum(sum(e.values()) for e in steps)
     announce(f"{'step':10} {whole:9.2f} ms; in no stage {1 - covered:.1%}; "
@@ -1510,7 +1520,8 @@ def bench(cfg, train):
     peak, what = (torch.cuda.max_memory_allocated(), "GPU") if cfg.device == "cuda" else (resident, "process")
     announce(f"peak memory of the {what} {peak / 2**30:.2f} GiB")
     share = cfg.batch_size // world()
-    a, b = (torch.randn(share, cfg.dim or 128, device=cfg.device, requires_grad=True) for _ in range(2))
+    width = cfg.dim or 128
+    a, b = (torch.randn(share, width, device=cfg.device, requires_grad=True) for _ in range(2))
     watch, spent = Stopwatch(exact=True), {}
     for turn in range(8):
         for name, function in (("infonce", lambda: info_nce(a, b)), ("hex", lambda: hex_nce(a, b)[0])):
@@ -1520,8 +1531,8 @@ def bench(cfg, train):
             if turn:
                 spent.setdefault(name, []).append(watch.spans()[-1][1])
             watch.marks.clear()
-    ms = {name: sorted(each)[len(each) // 2] for name, each in spent.items()}
-    announce(f"loss forward + backward: infonce {ms['infonce']:.2f} ms, hex {ms['hex']:.2f} ms; "
+    ms = {name: median(each) for name, each in spent.items()}
+    announce(f"loss forward + backward, {width} dimensions: infonce {ms['infonce']:.2f} ms, hex {ms['hex']:.2f} ms; "
              f"HEX's overhead over infonce: {(ms['hex'] - ms['infonce']) / whole:.1%} of a step")
 
 
@@ -1744,9 +1755,11 @@ def parse(argv):
     if "probe" in given and "backbone" not in given:                            # the architecture from beside the file
         beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
         if not os.path.exists(beside):
-            raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name its --backbone", 2)
+            raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name its --backbone and --data", 2)
         saved = read_config(beside)
         inherited = {k: saved[k] for k in ("backbone", "norm", "size") if k not in given and k in saved}
+        if "data" not in given and saved.get("data") in DATA:                   # evaluated on what it was trained on
+            given = {k: saved[k] for k in ("data", "root", "classes") if saved.get(k) is not None} | given
     else:
         inherited = {}
     cfg = Config(**given)
@@ -1868,7 +1881,8 @@ def prepare_out(cfg, given, argv):
         except OSError as error:
             raise UserError(f"--out {out}: cannot be made ({error.strerror})") from error
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
-        write(path, json.dumps(dict(config=asdict(cfg), command=["hex.py", *argv], versions=versions), indent=1))
+        write(path, json.dumps(dict(config=asdict(cfg), command=["hex.py", *argv], versions=versions, ranks=world(),
+                                    threads=torch.get_num_threads()), indent=1))
     if world() > 1:
         dist.barrier()
     return out

@@ -307,7 +307,7 @@ def test_fixed_schedules(kind, args, want):
 
 @pytest.mark.parametrize("N", [16, 64, 128, 512])
 def test_local_mask(N):
-    """H never holds self or positive, and holds about 1 % of the negatives at any batch size."""
+    """H never holds self or positive, and, where rows are alike, holds about 1 % of the negatives at any batch size."""
     g = torch.Generator().manual_seed(N)
     a = torch.randn(N, 32, generator=g)
     eps, H = hx.local_mask(a, a + 0.5 * torch.randn(N, 32, generator=g))
@@ -555,12 +555,16 @@ def test_the_queue_wraps_around_and_the_target_follows():
     old, online = made.target[0][1].weight.clone(), made.backbone[1].weight
     with torch.no_grad():
         online += 1
+    statistics = [buffer.clone() for buffer in made.target.buffers()]
+    for buffer in made.projector.buffers():
+        buffer += 1                                                          # the target's stay those of its own passes
     made.steps = 2
     made.after_step(1)                                                       # halfway: 1 - (1 - 0.99) / 2
     torch.testing.assert_close(made.target[0][1].weight, 0.995 * old + 0.005 * online)
     before = made.target[0][1].weight.clone()
     made.after_step(2)                                                       # at the end: 1
     assert torch.equal(made.target[0][1].weight, before)
+    assert statistics and all(torch.equal(*pair) for pair in zip(made.target.buffers(), statistics, strict=True))
 
 
 # ------------------------------------------------------------------------------------ the CUDA path, without a CUDA GPU
@@ -804,6 +808,40 @@ def test_a_probe_with_one_picture_a_class_warns_that_it_holds_none_out(capsys):
     result = hx.evaluate(hx.build_backbone("pixels", 32)[0], cfg, data, data)
     assert result["held_out"] == 0 and result["train"] == 12
     assert "warning: no class has two labelled pictures" in capsys.readouterr().err
+
+
+def test_emergence_is_what_loops_count():
+    train, val = hx.draw_shapes(60, 0), hx.draw_shapes(24, 1)
+    cfg, _ = hx.parse("--workers 0 --device cpu --hidden 16 --dim 8 --quantile 0.9".split())
+    model = hx.build_model(cfg)
+    got = {key: float(value) for key, value in hx.emergence(model, cfg, train, val).items()}
+    model.eval()
+    index, views = hx.permutation(60, "fixed").tolist(), hx.Views(train, 32, seed="fixed", crop_min=cfg.crop_min, grey=cfg.grey)
+    crops, parameters, *_ = zip(*(views[0, i] for i in index), strict=True)
+    with torch.no_grad():
+        pair = model(*(hx.augment(torch.stack(crops)[:, v], torch.stack(parameters)[:, v]) for v in (0, 1)))
+    z = torch.nn.functional.normalize(torch.cat(pair).double()).tolist()
+    rows = [{j: sum(x * y for x, y in zip(z[i], z[j], strict=True)) for j in range(120) if j not in (i, (i + 60) % 120)}
+            for i in range(120)]
+    eps = sum(sorted(row.values())[round(0.9 * 117)] for row in rows) / 120
+    kept = [(i, j) for i, row in enumerate(rows) for j, s in row.items() if s > eps]
+    everyone = [(i, j) for i, row in enumerate(rows) for j in row]
+    want = dict(threshold=eps, local=len(kept) / 120)
+    for labels, name in ((train.targets, ""), (train.coarse, "_coarse")):
+        mine = [int(labels[i]) for i in index] * 2
+        for pairs, key in ((kept, "purity"), (everyone, "chance")):
+            want[key + name] = sum(mine[i] == mine[j] for i, j in pairs) / len(pairs)
+    bank = hx.permutation(60, "subset")
+    x = torch.stack([hx.Views(train, 32, views=0)[0, int(i)][0][0] for i in bank])
+    with torch.no_grad():
+        features = model.method.backbone(hx.augment(x, torch.tensor([[0.0, 1, 1, 1, 0, 0, 0, 0]] * 60), colour=False)).double()
+    p = numpy.linalg.svd(features.numpy(), compute_uv=False)
+    p = p / p.sum()
+    want["rankme"] = math.exp(-sum(value * math.log(value) for value in p if value > 0))
+    columns = list(zip(*z, strict=True))
+    want["std"] = sum(numpy.std(each, ddof=1) for each in columns) / 8 * math.sqrt(8)
+    for key, value in want.items():
+        assert got[key] == pytest.approx(value, rel=1e-3), key
 
 
 def test_label_fractions_are_balanced_and_deterministic():
