@@ -27,8 +27,10 @@ import difflib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
+import multiprocessing.resource_tracker
 import os
 import random
 import re
@@ -784,23 +786,35 @@ class Folder(torchvision.datasets.ImageFolder):
             raise UserError(f"{os.path.join(root, min(empty))}: the class folder is empty: "
                             "fill it, remove it, or give --skip-bad-files")
         self.targets = torch.tensor(self.targets, dtype=torch.long)
+        paths = [b"", *(os.fsencode(path) for path, _ in self.samples)]
+        self.ends = torch.tensor(list(itertools.accumulate(map(len, paths))))   # one tensor for all names: loader processes
+        self.paths = torch.frombuffer(bytearray(b"".join(paths) + b" "), dtype=torch.uint8)     # share it, however many
+        del self.samples, self.imgs
+
+    def __len__(self):
+        return len(self.targets)
 
     def find_classes(self, directory):
         classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError("only hidden folders")
         missing = sorted(set(self.only or []) - set(classes))
         if missing:
             raise UserError(f"--classes: {missing[0]} is no folder of {directory}")
         classes = sorted(self.only) if self.only else classes
         return classes, {name: index for index, name in enumerate(classes)}
 
+    def path(self, index):
+        return os.fsdecode(self.paths[self.ends[index]:self.ends[index + 1]].numpy().tobytes())
+
     def name(self, index):
         """The file, in one line of text: a line feed in its name is written as \\n."""
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda odd: repr(odd[0])[1:-1], self.samples[index][0])
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda odd: repr(odd[0])[1:-1], self.path(index))
 
     def read(self, index):
         """(3, H, W) uint8, upright: JPEG (grey and CMYK too), PNG (16 bits too), WebP or GIF, whatever the suffix."""
         try:
-            with open(self.samples[index][0], "rb") as file:                    # (torchvision's own wants UTF-8 names)
+            with open(self.path(index), "rb") as file:                    # (torchvision's own wants UTF-8 names)
                 data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
             picture = torchvision.io.decode_image(data, mode="RGB", apply_exif_orientation=True)
         except Exception as error:
@@ -881,9 +895,9 @@ def load_data(cfg):
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(f"--root {cfg.root}: train/ and val/ hold different classes: {', '.join(odd[:5])}")
-    for split, pictures in (("train", train), ("val", val)):
-        if not len(pictures):
-            raise UserError(f"--root {cfg.root}: there is no picture in {split}/")
+    for split, pictures, least in (("train", train, max(2, world())), ("val", val, 1)):
+        if len(pictures) < least:
+            raise UserError(f"--root {cfg.root}: {len(pictures)} pictures in {split}/ are too few; fill it")
     return train, val
 
 
@@ -1008,9 +1022,24 @@ class Batches(torch.utils.data.Sampler):
             yield [(self.epoch, i) for i in order[first:first + share]]
 
 
+def start(source):
+    """iter(source). Signals wait meanwhile, in its new processes until those have left the group (detach_worker)."""
+    if source.num_workers:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        multiprocessing.resource_tracker.ensure_running()                       # a helper of spawn; it unblocks some
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(source)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def detach_worker(_):
     """A loader process leaves the run's process group: what stops the group must not stop it before the step ends."""
     os.setsid()
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)                                     # drops those that wait
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)
 
@@ -1049,7 +1078,10 @@ class LARS(torch.optim.Optimizer):
                   dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, adapt=False)]
         super().__init__([group for group in groups if group["params"]],
                          dict(lr=lr, momentum=momentum, eta=eta, clip=clip))
-        for p in params:
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
             self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
@@ -1345,8 +1377,11 @@ class Metrics:
 
     def __call__(self, **event):
         if rank() == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({key: plain(value) for key, value in event.items()}) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({key: plain(value) for key, value in event.items()}) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room") from error
 
 
 @torch.no_grad()
@@ -1363,7 +1398,7 @@ def emergence(model, cfg, train, val, picture=None):
     fixed = permutation(len(train), "fixed")[:share * world()]
     mine = fixed[rank() * share:(rank() + 1) * share]
     views = Views(train, cfg.size, seed="fixed", crop_min=cfg.crop_min, grey=cfg.grey, skip=cfg.skip_bad_files)
-    crops, parameters, _, used = next(iter(loader(views, [[(0, i) for i in mine.tolist()]], cfg)))
+    crops, parameters, _, used = next(start(loader(views, [[(0, i) for i in mine.tolist()]], cfg)))
     x1, x2 = (augment(crops[:, v].to(cfg.device), parameters[:, v].to(cfg.device)) for v in (0, 1))
     with autocast(cfg):
         embeddings = model(x1, x2)
@@ -1442,7 +1477,7 @@ def pretrain(trainer, val, out):
         while trainer.steps < trainer.total:
             epoch, done = divmod(trainer.steps, trainer.per_epoch)
             batches.epoch, batches.start = epoch, done * cfg.accumulate
-            iterator = iter(source)
+            iterator = start(source)
             trainer.lap("start")
             for step in range(trainer.steps + 1, (epoch + 1) * trainer.per_epoch + 1):
                 loss, stats, lr = trainer.step(iterator)
@@ -1483,7 +1518,7 @@ def pretrain(trainer, val, out):
         raise UserError("the weights are not finite: lower --lr, and give another --out")
     if rank() == 0:
         write_tensors(os.path.join(out, "backbone.pt"), backbone)
-    if trainer.asked:                                                           # while the last epoch was being described
+    if mean_over_ranks(torch.tensor(float(trainer.asked), device=cfg.device)) > 0:  # while the last epoch was described
         raise Interrupted
     return trainer.model
 
@@ -1495,7 +1530,7 @@ def bench(cfg, train):
 
     def forever():
         while True:
-            yield from source
+            yield from start(source)
             trainer.batches.epoch += 1
 
     iterator = forever()
@@ -1550,7 +1585,8 @@ def extract(backbone, pictures, indices, cfg):
     share = math.ceil(len(indices) / world())
     mine = indices[(rank() * share + torch.arange(share)).clamp(max=len(indices) - 1)]
     views, rows, kept = Views(pictures, cfg.size, views=0, skip=cfg.skip_bad_files), [], []
-    for crops, parameters, index, used in loader(views, [[(0, i) for i in part.tolist()] for part in mine.split(256)], cfg):
+    batches = [[(0, i) for i in part.tolist()] for part in mine.split(256)]
+    for crops, parameters, index, used in start(loader(views, batches, cfg)):
         note_bad_files(pictures, index, used)
         with autocast(cfg):
             x = augment(crops[:, 0].to(cfg.device), parameters[:, 0].to(cfg.device), colour=False)
@@ -1659,7 +1695,7 @@ def evaluate(backbone, cfg, train, val):
     source = None if cached else loader(views, batches, cfg)
     for epoch in tqdm(range(cfg.probe_epochs), disable=rank() > 0, desc="probe", leave=False):
         batches.epoch = epoch
-        for item in batches if cached else source:
+        for item in batches if cached else start(source):
             if cached:
                 rows = torch.tensor([i for _, i in item])
                 x, y = features.index_select(0, rows.to(cfg.device)), bank_targets[rows].to(cfg.device)
@@ -1752,16 +1788,15 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     if "probe" in given and not os.path.isfile(given["probe"]):
         raise UserError(f"--probe {given['probe']}: there is no such file", 2)
-    if "probe" in given and "backbone" not in given:                            # the architecture from beside the file
-        beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
-        if not os.path.exists(beside):
+    inherited, beside = {}, os.path.join(os.path.dirname(given.get("probe", "")), "config.json")
+    if "probe" in given and not os.path.exists(beside):
+        if "backbone" not in given:
             raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name its --backbone and --data", 2)
+    elif "probe" in given and not {"backbone", "data"} <= given.keys():         # architecture and data from beside the file
         saved = read_config(beside)
         inherited = {k: saved[k] for k in ("backbone", "norm", "size") if k not in given and k in saved}
         if "data" not in given and saved.get("data") in DATA:                   # evaluated on what it was trained on
             given = {k: saved[k] for k in ("data", "root", "classes") if saved.get(k) is not None} | given
-    else:
-        inherited = {}
     cfg = Config(**given)
     name = "small" if cfg.data == "folder" and (cfg.size or inherited.get("size", 224)) <= 64 else cfg.data
     recipe = RECIPES[name] | METHOD_RECIPES.get((name, cfg.method), {}) | inherited
@@ -1828,8 +1863,8 @@ def check(cfg, given):
         (cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"), f"--threshold oracle: --data {cfg.data} "
          "has no super-classes; use shapes or cifar100"),
         (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU is visible; use --device cpu"),
-        (cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), "--compile: torch.compile needs "
-         "a C++ compiler, and there is no g++ on the PATH; install one, or leave --compile out"),
+        (cfg.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]), "--compile: torch.compile needs a C++ "
+         "compiler, and there is no g++ (or $CXX) on the PATH; install one, or leave --compile out"),
         (cfg.bench and not cfg.epochs, "--bench: --epochs 0 has no step to time"),
         (cfg.backbone == "pixels" and cfg.epochs and not cfg.probe, "--backbone pixels: nothing to train; add --epochs 0"),
     ]

@@ -102,7 +102,7 @@ if args.what == "data":
                               transforms.Normalize(hx.MEAN, hx.STD)])
 
     def in_pil():
-        picture = Image.open(files.samples[next(turn["pil"])][0]).convert("RGB")
+        picture = Image.open(files.path(next(turn["pil"]))).convert("RGB")
         return pil(picture), pil(picture)
 
     ms = race(3 * len(files), mean, decode=lambda: files.read(next(turn["decode"])), ours=lambda: views[0, next(turn["ours"])], pil=in_pil)
