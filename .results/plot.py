@@ -6,7 +6,7 @@ from statistics import mean
 
 runs = [run for run in map(json.loads, open(sys.argv[1])) if run["data"] == sys.argv[2] and run["method"] == "simclr"]
 plain = [run for run in runs if not set(run["command"]) & {"--beta", "--tau-plus", "--quantile", "--temperature", "--batch-size",
-                                                            "--threshold", "--norm"}]
+                                                            "--threshold", "--norm", "--epochs"}]
 
 
 def curve(loss, key):
