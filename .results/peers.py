@@ -13,7 +13,7 @@ import random
 import sys
 import time
 import types
-from statistics import mean, median
+from statistics import median
 
 import torch
 import torchvision
@@ -30,8 +30,8 @@ for name in ("solo", "lightly", "authors", "root"):
 args = parser.parse_args()
 
 
-def race(repeats, middle=median, **runners):
-    """Median (or mean) milliseconds of each, interleaved; the first turn is left out."""
+def race(repeats, **runners):
+    """Median milliseconds of each, interleaved; the first turn is left out."""
     spent = {name: [] for name in runners}
     for turn in range(repeats + 1):
         for name, runner in runners.items():
@@ -39,7 +39,7 @@ def race(repeats, middle=median, **runners):
             runner()
             if turn:
                 spent[name].append(1e3 * (time.perf_counter() - start))
-    return {name: middle(each) for name, each in spent.items()}
+    return {name: median(each) for name, each in spent.items()}
 
 
 def module(path):
@@ -94,20 +94,23 @@ if args.what == "lars":
 if args.what == "data":
     files = hx.Folder(args.root)
     views = hx.Views(files, 224, blur=0.5)
-    turn = {name: iter(list(range(len(files))) * 99) for name in ("decode", "ours", "pil")}
     jitter = transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8)
     blur = transforms.RandomApply([lambda picture: picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))], 0.5)
     pil = transforms.Compose([transforms.RandomResizedCrop(224, (0.08, 1), interpolation=Image.BICUBIC), jitter,
                               transforms.RandomGrayscale(0.2), blur, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                               transforms.Normalize(hx.MEAN, hx.STD)])
 
-    def in_pil():
-        picture = Image.open(files.path(next(turn["pil"]))).convert("RGB")
+    def in_pil(i):
+        picture = Image.open(files.path(i)).convert("RGB")
         return pil(picture), pil(picture)
 
-    ms = race(3 * len(files), mean, decode=lambda: files.read(next(turn["decode"])), ours=lambda: views[0, next(turn["ours"])], pil=in_pil)
+    def one_pass(read):                                                         # over all files, as a loader process does it
+        return lambda: [read(i) for i in range(len(files))]
+
+    ms = race(5, decode=one_pass(files.read), ours=one_pass(lambda i: views[0, i]), pil=one_pass(in_pil))
+    ms = {name: each / len(files) for name, each in ms.items()}
     crops, parameters, *_ = zip(*(views[0, i] for i in range(32)), strict=True)
-    moved = race(5, median, augment=lambda: [hx.augment(torch.stack(crops)[:, v], torch.stack(parameters)[:, v], blur=True) for v in (0, 1)])
+    moved = race(5, augment=lambda: [hx.augment(torch.stack(crops)[:, v], torch.stack(parameters)[:, v], blur=True) for v in (0, 1)])
     print(len(glob.glob(os.path.join(args.root, "*/*"))), "files, ms an image:", {name: round(each, 2) for name, each in ms.items()},
           f"ours / decode {ms['ours'] / ms['decode']:.2f}, pil / ours {ms['pil'] / ms['ours']:.2f}; moved to the device "
           f"{moved['augment'] / 32:.2f} ms on this CPU")
