@@ -11,7 +11,7 @@ HEX splits the InfoNCE denominator at an adaptive threshold eps, and weights the
     L_i  = max( [ sum_{h in H} Q_ih e^{s_ih/tau} - tau_plus |H| e^{s_ip/tau} ] / (1 - tau_plus), |H| e^{-1/tau} )
     Q_ih = e^{beta s_ih/tau} / mean_{h' in H} e^{beta s_ih'/tau}             a weight, no gradient
 
-    python hex.py                                                            embedded pictures, 3 minutes on 2 cores
+    python hex.py                                                            pictures it draws; under 3 minutes on 2 cores
     python hex.py --data cifar10 --root DIR --method vicreg --loss hex       one GPU
     torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR            paper scale
     python hex.py --probe runs/.../backbone.pt --data folder --root DIR      evaluate, or transfer
