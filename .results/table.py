@@ -5,6 +5,7 @@ First all methods at their recipe; then SimCLR alone, by loss and further flags,
 Mean ± standard deviation over seeds; differences are paired by seed.
 """
 import json
+import re
 import sys
 from statistics import mean, stdev
 
@@ -28,7 +29,8 @@ def probe(group, key):
 
 
 def against_infonce(method, loss, label):
-    runs, base = groups.get((method, loss, label), {}), groups.get((method, "infonce", label), {})
+    shared = re.sub(r"`?--(beta|tau-plus|quantile|threshold) \S+`?", "", label)     # InfoNCE has not these flags
+    runs, base = groups.get((method, loss, label), {}), groups.get((method, "infonce", shared), {})
     return spread((runs[s]["probe"]["top1"] - base[s]["probe"]["top1"] for s in runs if s in base), "+")
 
 
