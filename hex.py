@@ -805,6 +805,7 @@ class Folder(torchvision.datasets.ImageFolder):
         return classes, {name: index for index, name in enumerate(classes)}
 
     def path(self, index):
+        """The file's path as it is, bytes that are not UTF-8 included."""
         return os.fsdecode(self.paths[self.ends[index]:self.ends[index + 1]].numpy().tobytes())
 
     def name(self, index):
@@ -1326,6 +1327,7 @@ def write(path, data):
 
 
 def write_tensors(path, tree):
+    """Tensors in dicts and lists, atomically; read_tensors reads them."""
     file = io.BytesIO()
     torch.save(tree, file)
     write(path, file.getvalue())
