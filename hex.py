@@ -1,202 +1,40 @@
 # SPDX-License-Identifier: MIT
 """HEX: Hierarchical Emergence Exploitation in Self-Supervised Algorithms, in one file.
 
-Kokilepersaud, Kim, Prabhushankar, AlRegib (WACV 2025, arXiv 2410.23200). N images over all ranks give n = 2N
-normalised embeddings z; s_ij = z_i . z_j; p(i) is the other view of i; Neg(i) is everything but i and p(i).
-HEX splits the InfoNCE denominator at an adaptive threshold eps, and weights the local part:
-
-    eps  = mean over anchors of the q-quantile of s_ij, j in Neg(i)          anew for each batch, no gradient
-    H(i) = { j in Neg(i) : s_ij > eps }        G(i) = Neg(i) \\ H(i)         local neighbours, global rest
-    l_i  = -log [ e^{s_ip/tau} / ( e^{s_ip/tau} + sum_{j in G} e^{s_ij/tau} + L_i ) ]
-    L_i  = max( [ sum_{h in H} Q_ih e^{s_ih/tau} - tau_plus |H| e^{s_ip/tau} ] / (1 - tau_plus), |H| e^{-1/tau} )
-    Q_ih = e^{beta s_ih/tau} / mean_{h' in H} e^{beta s_ih'/tau}             a weight, no gradient
-
-    python hex.py                                                            pictures it draws; under 3 minutes on 2 cores
-    python hex.py --data cifar10 --root DIR --method vicreg --loss hex       one GPU
-    torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR            paper scale
-    python hex.py --probe runs/.../backbone.pt --data folder --root DIR      evaluate, or transfer
-
-The file reads from the top: config, the HEX loss, SSL methods and the wrapper, data and augmentation, optimiser and
-schedule, pre-training, evaluation, command line. Who stops after the HEX loss has got the paper; that section, with the
-imports, can be copied out alone.
+Kokilepersaud, Kim, Prabhushankar, AlRegib (WACV 2025, arXiv 2410.23200). DOCSTRING
 """
-import argparse
 import contextlib
-import copy
-import difflib
-import hashlib
-import inspect
-import io
-import itertools
-import json
 import math
-import multiprocessing.resource_tracker
-import os
-import random
-import re
-import resource
-import shutil
-import signal
-import sys
-import threading
-import time
-import zipfile
-from dataclasses import asdict, dataclass, field, fields
-from statistics import median
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
-# --- Config and recipes -----------------------------------------------------------------------------------------------
+# --- The HEX loss ---------------------------------------------------------------------------------
 
-
-class UserError(Exception):
-    """Something the user can mend: one line, and the exit status (2: the command line, 1: what it met)."""
-
-    def __init__(self, message, status=1):
-        super().__init__(message)
-        self.status = status
-
-
-class Interrupted(BaseException):              # not an Exception: what reads files catches those
-    """A signal asked the run to stop. Whatever it did is in the checkpoint, or will be done again."""
-
-
-INTERRUPTED = 75  # the exit status of a run that was interrupted and goes on when the same command is given again
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def number(kind, low, high=math.inf, open_low=False, open_high=False):
-    """An argparse type: `kind` (int or float) within an interval whose ends may be open."""
-    def parse(text):
-        value = kind(text)
-        closed = not open_high and high < math.inf
-        if not (low < value if open_low else low <= value) or not (value <= high if closed else value < high):
-            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_low else '['}{low}, {high}{']' if closed else ')'}")
-        return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
-    return parse
-
-
-def option(group, default, text, **argument):
-    return field(default=default, metadata=dict(group=group, text=text, argument=argument))
-
-
-COUNT, POSITIVE = number(int, 0, 2**31), number(int, 1, 2**31)
-PROBABILITY, POSITIVE_REAL, REAL = number(float, 0, 1), number(float, 0, 1e6, open_low=True), number(float, 0, 1e6)
-DATA, IMAGE_FOLDERS = ("shapes", "cifar10", "cifar100", "imagenet", "folder"), ("imagenet", "folder")
-LOSSES, THRESHOLDS = ("base", "infonce", "dcl", "hex", "released"), ("adaptive", "step", "cosine", "oracle")
-
-
-@dataclass
-class Config:
-    """The documented command line. None: the recipe of the data and the method decides (RECIPES, below)."""
-    data: str = option("data", "shapes", "what to train on", choices=DATA)
-    root: str = option("data", None, "folder of the data: DIR/{train,val}/<class>/*, or CIFAR's archive (default data)",
-                       metavar="DIR")
-    classes: str = option("data", None, "file with the class folders to use, one a line (default all)", metavar="FILE")
-    size: int = option("data", None, "side of a view in pixels", type=number(int, 8))
-    crop_min: float = option("data", None, "smallest share of the picture that a crop keeps",
-                             type=number(float, 0, 1, open_low=True))
-    blur: float = option("data", None, "share of views that are blurred (default 0.5 above 64 pixels, else 0)", type=PROBABILITY)
-    grey: float = option("data", None, "share of views without colour", type=PROBABILITY)
-    solarise: float = option("data", 0.0, "share of views that are solarised", type=PROBABILITY)
-    skip_bad_files: bool = option("data", False, "replace an unreadable file by the next, and list it in bad_files.txt")
-
-    method: str = option("method", "simclr", "the SSL method", choices=None)
-    loss: str = option("method", "hex", "base: the method's own; or what takes its place or joins it", choices=LOSSES)
-    threshold: str = option("method", "adaptive", "what splits H from G; oracle uses LABELS", choices=THRESHOLDS)
-    temperature: float = option("method", None, "tau", type=number(float, 0.001, 1e6))
-    quantile: float = option("method", 0.99, "q", type=number(float, 0, 1, open_low=True, open_high=True))
-    beta: float = option("method", 1.0, "how much the nearest weigh in Q", type=REAL)
-    tau_plus: float = option("method", 0.1, "assumed share of positives in H", type=number(float, 0, 1, open_high=True))
-    alpha: float = option("method", None, "weight of the loss against the method's own (default the method's)", type=PROBABILITY)
-    hex_warmup: int = option("method", None, "first epochs with the method's own loss (default a tenth)", type=COUNT)
-    hidden: int = option("method", None, "hidden width of the projector", type=POSITIVE)
-    dim: int = option("method", None, "dimensions of an embedding", type=POSITIVE)
-    predictor: int = option("method", None, "hidden width of the predictor", type=POSITIVE)
-    queue: int = option("method", None, "embeddings in the queue", type=POSITIVE)
-    ema: float = option("method", None, "momentum of the target at the start (default the method's)", type=PROBABILITY)
-
-    backbone: str = option("training", None, "a torchvision classification model, or resnet10_narrow", metavar="NAME")
-    norm: str = option("training", "batch", "normalisation of ResNets and heads", choices=("batch", "group"))
-    epochs: int = option("training", None, "epochs; 0 evaluates a random backbone", type=COUNT)
-    batch_size: int = option("training", None, "images in one loss, over all ranks", type=number(int, 2))
-    accumulate: int = option("training", None, "losses in one step (adds no negatives)", type=POSITIVE)
-    micro_batch: int = option("training", None, "images (all ranks) with activations at once; exact (default all)", type=POSITIVE)
-    lr: float = option("training", None, "base rate; the rate is lr * batch * accumulate / 256", type=POSITIVE_REAL)
-    lr_warmup: int = option("training", None, "epochs of linear warm-up (default a tenth, 10 at most)", type=COUNT)
-    weight_decay: float = option("training", None, "L2, not on biases and norms", type=REAL)
-    eta: float = option("training", None, "trust coefficient of LARS", type=POSITIVE_REAL)
-    clip: bool = option("training", None, "LARS only ever lowers a rate (the authors' setting)",
-                        action=argparse.BooleanOptionalAction)
-    amp: str = option("training", None, "autocast", choices=("off", "bf16", "fp16"))
-    seed: int = option("training", 0, "of weights, order and views", type=COUNT)
-
-    probe: str = option("evaluation", None, "evaluate this backbone.pt and do nothing else (default --data: its own)",
-                        metavar="FILE")
-    probe_epochs: int = option("evaluation", 100, "epochs of the linear probe", type=POSITIVE)
-    label_fraction: float = option("evaluation", None, "share of train labels that the probe sees, class-balanced",
-                                   type=number(float, 0, 1, open_low=True))
-    label_list: str = option("evaluation", None, "file that names the labelled pictures, one a line", metavar="FILE")
-
-    out: str = option("running", None, "where results go (default runs/<data>-<method>-<loss>-s<seed>...)", metavar="DIR")
-    device: str = option("running", None, "cpu or cuda (default cuda where there is one)", choices=("cpu", "cuda"))
-    workers: int = option("running", None, "loader processes a rank (default: by the machine and the data)", type=COUNT)
-    compile: bool = option("running", False, "torch.compile the method")
-    checkpoint_every: int = option("running", None, "steps between checkpoints, beside each epoch's", type=POSITIVE)
-    log_every: int = option("running", 10, "steps between lines of metrics.jsonl", type=POSITIVE)
-    bench: int = option("running", None, "time N steps, print a table, write nothing", type=POSITIVE)
-
-
-# What does not change the experiment: neither the name of the run's folder nor a resume asks for it.
-NOT_THE_EXPERIMENT = {"out", "workers", "device", "compile", "checkpoint_every", "log_every", "micro_batch", "bench"}
-
-# ImageNet and CIFAR: the authors' hyper-parameters (LARS eta 0.02 with clipping); what the authors lack is the usual.
-# shapes and small (a folder at --size 64 or less): minutes on two cores, chosen by us (README).
-RECIPES = {
-    "imagenet": dict(backbone="resnet50", size=224, epochs=100, batch_size=256, accumulate=1, lr=0.3,
-                     weight_decay=1e-6, eta=0.02, clip=True, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
-    "cifar10": dict(backbone="resnet18", size=32, epochs=400, batch_size=256, accumulate=1, lr=0.4,
-                    weight_decay=1e-4, eta=0.02, clip=True, crop_min=0.08, grey=0.2, temperature=0.1, amp="fp16"),
-    "shapes": dict(backbone="resnet10_narrow", size=32, epochs=12, batch_size=256, accumulate=1, lr=0.5,
-                   weight_decay=1e-4, eta=0.02, clip=False, crop_min=0.5, grey=1.0, temperature=0.2, amp="off",
-                   hidden=256, dim=64, predictor=256, queue=2048),
-}
-RECIPES["folder"] = RECIPES["imagenet"]
-RECIPES["cifar100"] = RECIPES["cifar10"]
-RECIPES["small"] = RECIPES["shapes"] | dict(epochs=15, lr=0.2, crop_min=0.2, grey=0.2, hidden=512, dim=128, predictor=512,
-                                            queue=4096)
-METHOD_RECIPES = {  # where a method's differs from its data's
-    ("imagenet", "simclr"): dict(accumulate=16),
-    ("imagenet", "nnclr"): dict(weight_decay=1e-5),
-    ("imagenet", "mocov3"): dict(temperature=1.0, lr=0.6),
-    ("imagenet", "byol"): dict(lr=0.45),
-    ("imagenet", "simsiam"): dict(lr=0.05, weight_decay=1e-4),
-    ("cifar10", "nnclr"): dict(temperature=0.2, weight_decay=1e-5, queue=65536),
-    ("cifar10", "barlow"): dict(lr=0.3, hidden=2048, dim=2048),
-    ("cifar10", "mocov3"): dict(temperature=0.2),
-    ("shapes", "byol"): dict(lr=0.15, ema=0.97),
-}
-METHOD_RECIPES |= {("cifar100", method): recipe for (data, method), recipe in METHOD_RECIPES.items() if data == "cifar10"}
-
-
-# --- The HEX loss -----------------------------------------------------------------------------------------------------
+_alone = False
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process among the ranks that share a loss."""
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world():
-    """Number of ranks."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """The number of ranks that share a loss."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+@contextlib.contextmanager
+def alone(on=True):
+    """Within, a loss is this rank's own: nothing is gathered."""
+    global _alone
+    before, _alone = _alone, on
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 class _Gather(torch.autograd.Function):
@@ -401,128 +239,154 @@ def _released(cosine, rest, s_p, tau):
     return logits.logsumexp(1).masked_fill(no_rest, 0) - s_p / tau + (cosine.shape[1] - 2) * math.exp(-1 / tau)
 
 
-# --- SSL methods and the wrapper --------------------------------------------------------------------------------------
+import argparse
+import copy
+import difflib
+import fcntl
+import hashlib
+import inspect
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import namedtuple
+from dataclasses import asdict, field, fields
+
+import numpy
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+# --- SSL methods and the wrapper ------------------------------------------------------------------
 
 
 def group_norm(channels):
-    """GroupNorm, 16 channels a group where they divide: for runs that must not depend on how a batch is split."""
+    """GroupNorm, 16 channels a group where they divide: independent of how a batch is split."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels)
 
 
-def mlp(*widths, norm=None, last_norm=False):
-    """Linear - norm - ReLU blocks and a last Linear (then a norm, if last_norm). norm: channels -> module."""
+def mlp(*widths, norm=None, last_norm=None):
+    """Linear - norm - ReLU blocks and a last Linear, then last_norm. norm: channels -> module."""
     layers = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
         last = i == len(widths) - 2
-        use_norm = norm is not None and (last_norm or not last)
-        layers += [nn.Linear(fan_in, fan_out, bias=not use_norm)]
-        layers += [norm(fan_out)] if use_norm else []
-        layers += [] if last else [nn.ReLU(inplace=True)]
+        normalize = last_norm if last else norm
+        layers.append(nn.Linear(fan_in, fan_out, bias=normalize is None))
+        if normalize is not None:
+            layers.append(normalize(fan_out))
+        if not last:
+            layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 
 class Method(nn.Module):
-    """Base of the methods here. HEX itself asks for forward(x1, x2) -> embeddings and loss; after_step is optional.
+    """Base of the methods: a projector z, and where a method has them a predictor p and a target t.
 
-    The loop below also needs `backbone`, and the class in METHODS.
-    alpha, scale: HEX's weight and factor beside the method's own loss (alpha 1: it takes its place).
-    steps: of the whole run, for schedules; the loop sets it.
+    backbone: (B, 3, S, S) -> (B, width). alpha, scale: the weight and the factor of HEX beside the
+    method's own loss (alpha 1: HEX takes its place). steps, losses: of the whole run, and of this
+    rank in a step; the training loop sets them.
     """
-    alpha, scale, steps = 0.1, 1.0, None
+    alpha, scale, steps, losses = 0.1, 1.0, None, 1
 
-    def __init__(self, backbone):
+    def __init__(self, backbone, projector, predictor=None, momentum=False):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.projector, self.predictor = backbone, projector, predictor
+        self.target = None
+        if momentum:
+            self.target = copy.deepcopy(nn.Sequential(backbone, projector)).requires_grad_(False)
 
-    def features(self, x1, x2):
-        """Both views in one pass: one BatchNorm batch, and one use of the parameters for DDP."""
-        return self.backbone(torch.cat([x1, x2]))
+    def forward(self, x1, x2):
+        """Two views (N, 3, S, S) -> [p1, p2,] z1, z2 [, t1, t2], each (N, dim).
+
+        Both views go through in one pass: one BatchNorm batch, one use of the weights for DDP.
+        """
+        x = torch.cat([x1, x2])
+        z = self.projector(self.backbone(x))
+        outputs = [z] if self.predictor is None else [self.predictor(z), z]
+        if self.target is not None:
+            with torch.no_grad():
+                outputs.append(self.target(x))
+        return tuple(half for output in outputs for half in output.chunk(2))
 
     def loss(self, *embeddings):
-        """float32 embeddings -> the method's own loss (scalar), and the row-aligned pairs [(a, b), ...] for HEX."""
+        """float32 embeddings -> own loss (scalar), row-aligned pairs [(a, b), ...] for HEX."""
         raise NotImplementedError
 
     def after_step(self, step):
-        """EMA, queue: after an optimiser step that was really taken. step: its number, from 1."""
+        """EMA, queue: after an optimizer step that was really taken. step: its number, from 1."""
 
 
 class SimCLR(Method):
-    """Chen et al. 2020. The authors' projector: 2048-2048-128 without BatchNorm."""
+    """Chen et al. 2020. The projector of HEX's authors: 2048-2048-128 without BatchNorm."""
     alpha = 1.0
 
     def __init__(self, backbone, width, *, hidden=2048, dim=128, norm=nn.BatchNorm1d, temperature=0.1):
-        super().__init__(backbone)
-        self.projector = mlp(width, hidden, dim)
+        super().__init__(backbone, mlp(width, hidden, dim))
         self.temperature = temperature
-
-    def forward(self, x1, x2):
-        return self.projector(self.features(x1, x2)).chunk(2)
 
     def loss(self, z1, z2):
         return info_nce(z1, z2, self.temperature), [(z1, z2)]
 
 
+def one_way_nce(a, b, temperature):
+    """InfoNCE with the other view's negatives alone: a_i against every b_j. (N / world, D) each."""
+    logits = F.normalize(a) @ F.normalize(gather(b)).T / temperature        # (N / world, N)
+    return F.cross_entropy(logits, rank() * len(a) + torch.arange(len(a), device=a.device))
+
+
 class NNCLR(Method):
-    """Dwibedi et al. 2021: the anchor is the nearest neighbour, in a queue of past embeddings, of the other view."""
+    """Dwibedi et al. 2021: an anchor is its nearest neighbor in a queue of past embeddings."""
     alpha = 1.0
 
-    def __init__(self, backbone, width, *, hidden=2048, dim=256, predictor=4096, queue=98304, norm=nn.BatchNorm1d,
-                 temperature=0.1):
-        super().__init__(backbone)
-        self.projector = mlp(width, hidden, hidden, dim, norm=norm, last_norm=True)
-        self.predictor = mlp(dim, predictor, dim, norm=norm)
+    def __init__(self, backbone, width, *, hidden=2048, dim=256, predictor=4096, queue=98304,
+                 norm=nn.BatchNorm1d, temperature=0.1):
+        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, last_norm=norm),
+                         mlp(dim, predictor, dim, norm=norm))
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim)))
-        self.register_buffer("head", torch.zeros((), dtype=torch.long))       # where the next embeddings go
-        self.temperature, self.latest = temperature, None
-
-    def forward(self, x1, x2):
-        z = self.projector(self.features(x1, x2))
-        return *self.predictor(z).chunk(2), *z.detach().chunk(2)
+        self.register_buffer("head", torch.zeros((), dtype=torch.long))     # where the next ones go
+        self.temperature, self.latest = temperature, []
 
     def nearest(self, z):
-        return self.queue.index_select(0, (F.normalize(z) @ self.queue.T).argmax(1))
+        return self.queue.index_select(0, (F.normalize(z.detach()) @ self.queue.T).argmax(1))
 
     def loss(self, p1, p2, z1, z2):
-        self.latest = z1
+        self.latest = [z1.detach()]
         pairs = [(self.nearest(z1), p2), (self.nearest(z2), p1)]
-        return sum(cross_entropy_of_pairs(nn_, p, self.temperature) for nn_, p in pairs) / 2, pairs
+        return sum(one_way_nce(a, b, self.temperature) for a, b in pairs) / 2, pairs
 
     @torch.no_grad()
     def after_step(self, step):
-        """Pushes the last loss's embeddings of all ranks, so that the queue is the same everywhere."""
-        z = F.normalize(gather(self.latest)).to(self.queue.dtype)[-len(self.queue):]
+        """Pushes the embeddings of all ranks, so that the queue is the same everywhere."""
+        z = F.normalize(gather(self.latest[0])).to(self.queue.dtype)[-len(self.queue):]
         slots = (self.head + torch.arange(len(z), device=z.device)) % len(self.queue)
         self.queue.index_copy_(0, slots, z)
         self.head.copy_((self.head + len(z)) % len(self.queue))
 
 
-def cross_entropy_of_pairs(a, b, temperature):
-    """InfoNCE with the negatives of the other view alone: a_i against every rank's b_j."""
-    logits = F.normalize(a) @ F.normalize(gather(b)).T / temperature                            # (N / world, N)
-    return F.cross_entropy(logits, rank() * len(a) + torch.arange(len(a), device=a.device))
-
-
 class Momentum(Method):
-    """Shared by MoCo v3 and BYOL: a target that follows the online network, its momentum rising to 1 by a cosine.
+    """A target that follows backbone and projector; its momentum rises from `ema` to 1 (a cosine).
 
-    The target's BatchNorm statistics are those of its own forward passes, not copies: its weights lag behind.
+    Its BatchNorm statistics are those of its own passes, not copies: its weights lag behind.
     """
 
     def __init__(self, backbone, projector, predictor, ema):
-        super().__init__(backbone)
-        self.projector, self.predictor, self.ema = projector, predictor, ema
-        self.target = copy.deepcopy(nn.Sequential(backbone, projector)).requires_grad_(False)
-
-    def forward(self, x1, x2):
-        z = self.projector(self.features(x1, x2))
-        with torch.no_grad():
-            target = self.target(torch.cat([x1, x2]))
-        return *self.predictor(z).chunk(2), *z.chunk(2), *target.chunk(2)
+        super().__init__(backbone, projector, predictor, momentum=True)
+        self.ema = ema
 
     @torch.no_grad()
     def after_step(self, step):
-        share = step / self.steps if self.steps else 0
-        momentum = 1 - (1 - self.ema) * (math.cos(math.pi * share) + 1) / 2
+        done = step / self.steps if self.steps else 0
+        momentum = 1 - (1 - self.ema) * (math.cos(math.pi * done) + 1) / 2
         online = nn.Sequential(self.backbone, self.projector)
         torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
 
@@ -531,97 +395,94 @@ class MoCoV3(Momentum):
     """Chen et al. 2021. HEX on it is our extension."""
     alpha = 1.0
 
-    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99, norm=nn.BatchNorm1d,
-                 temperature=1.0):
-        super().__init__(backbone, mlp(width, hidden, dim, norm=norm, last_norm=True),
-                         mlp(dim, predictor, dim, norm=norm, last_norm=True), ema)
+    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99,
+                 norm=nn.BatchNorm1d, temperature=1.0):
+        super().__init__(backbone, mlp(width, hidden, dim, norm=norm, last_norm=norm),
+                         mlp(dim, predictor, dim, norm=norm, last_norm=norm), ema)
         self.temperature = temperature
 
     def loss(self, q1, q2, z1, z2, k1, k2):
-        pairs = [(q1, k2), (q2, k1)]
-        return sum(2 * self.temperature * cross_entropy_of_pairs(q, k, self.temperature) for q, k in pairs), pairs
+        t, pairs = self.temperature, [(q1, k2), (q2, k1)]
+        return sum(2 * t * one_way_nce(q, k, t) for q, k in pairs), pairs
 
 
 class BYOL(Momentum):
     """Grill et al. 2020. HEX on it, between the online projections, is our extension."""
 
-    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99, norm=nn.BatchNorm1d):
-        super().__init__(backbone, mlp(width, hidden, dim, norm=norm), mlp(dim, predictor, dim, norm=norm), ema)
+    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99,
+                 norm=nn.BatchNorm1d):
+        super().__init__(backbone, mlp(width, hidden, dim, norm=norm),
+                         mlp(dim, predictor, dim, norm=norm), ema)
 
     def loss(self, p1, p2, z1, z2, t1, t2):
-        own = 4 - 2 * F.cosine_similarity(p1, t2).mean() - 2 * F.cosine_similarity(p2, t1).mean()
-        return own, [(z1, z2)]
+        similarity = F.cosine_similarity(p1, t2).mean(), F.cosine_similarity(p2, t1).mean()
+        return 4 - 2 * similarity[0] - 2 * similarity[1], [(z1, z2)]
 
 
 class SimSiam(Method):
     """Chen and He 2021. HEX on it, between the projections, is our extension."""
 
     def __init__(self, backbone, width, *, hidden=2048, dim=2048, predictor=512, norm=nn.BatchNorm1d):
-        super().__init__(backbone)
-        self.projector = mlp(width, hidden, hidden, dim, norm=norm, last_norm=True)
-        self.predictor = mlp(dim, predictor, dim, norm=norm)
-
-    def forward(self, x1, x2):
-        z = self.projector(self.features(x1, x2))
-        return *self.predictor(z).chunk(2), *z.chunk(2)
+        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, last_norm=norm),
+                         mlp(dim, predictor, dim, norm=norm))
 
     def loss(self, p1, p2, z1, z2):
-        own = -(F.cosine_similarity(p1, z2.detach()).mean() + F.cosine_similarity(p2, z1.detach()).mean()) / 2
+        t1, t2 = z1.detach(), z2.detach()
+        own = -(F.cosine_similarity(p1, t2).mean() + F.cosine_similarity(p2, t1).mean()) / 2
         return own, [(z1, z2)]
 
 
 class BarlowTwins(Method):
     """Zbontar et al. 2021: the cross-correlation of the views, over all ranks, is the identity.
 
-    lambda_ and factor as in the code the authors of HEX built on (lambda 0.0051, loss times 0.024).
+    off_weight and factor as in the code that HEX's authors built on.
     """
-    lambda_, factor = 0.0051, 0.024
+    off_weight, factor = 0.0051, 0.024
 
     def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
-        super().__init__(backbone)
-        self.projector = mlp(width, hidden, hidden, dim, norm=norm)
-
-    def forward(self, x1, x2):
-        return self.projector(self.features(x1, x2)).chunk(2)
+        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm))
 
     def loss(self, z1, z2):
-        a, b = (F.batch_norm(gather(z), None, None, training=True) for z in (z1, z2))           # (N, dim)
-        c = a.T @ b / len(a)                                                                    # (dim, dim)
+        a, b = (F.batch_norm(gather(z), None, None, training=True) for z in (z1, z2))   # (N, dim)
+        c = a.T @ b / len(a)                                                            # (dim, dim)
         on_diagonal = (c.diagonal() - 1).square().sum()
         off_diagonal = c.square().sum() - c.diagonal().square().sum()
-        return self.factor * (on_diagonal + self.lambda_ * off_diagonal), [(z1, z2)]
+        return self.factor * (on_diagonal + self.off_weight * off_diagonal), [(z1, z2)]
 
 
 class VICReg(Method):
-    """Bardes et al. 2022: invariance, variance and covariance; the last two over all ranks."""
+    """Bardes et al. 2022: invariance, variance, covariance; the last two over all ranks."""
     scale = 5.0
 
     def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
-        super().__init__(backbone)
-        self.projector = mlp(width, hidden, hidden, dim, norm=norm)
-
-    forward = BarlowTwins.forward
+        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm))
 
     def loss(self, z1, z2):
-        a, b = gather(z1), gather(z2)
+        a, b = gather(z1), gather(z2)                                                   # (N, dim)
         invariance = F.mse_loss(a, b)
         variance = sum(F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() for z in (a, b))
         covariance = 0.0
         for z in (a - a.mean(0), b - b.mean(0)):
-            c = z.T @ z / (len(z) - 1)                                                          # (dim, dim)
+            c = z.T @ z / (len(z) - 1)                                                  # (dim, dim)
             covariance = covariance + (c.square().sum() - c.diagonal().square().sum()) / len(c)
         return 25 * invariance + 25 * variance + covariance, [(z1, z2)]
 
 
-class HEX(nn.Module):
-    """The wrapper: loss = (1 - alpha) own + alpha scale mean over pairs of F(a, b), F one of LOSSES.
+METHODS = {"simclr": SimCLR, "nnclr": NNCLR, "mocov3": MoCoV3, "byol": BYOL, "simsiam": SimSiam,
+           "barlow": BarlowTwins, "vicreg": VICReg}
+LOSSES = ("base", "infonce", "dcl", "hex", "released")
 
-    method: a Method, or any module with its forward, loss and (optional) after_step. alpha, scale: the method's by
-    default, else 0.1 and 1. The first `warmup` epochs use the method's own loss. ValueError: an unknown loss.
+
+class HEX(nn.Module):
+    """The wrapper: loss = (1 - alpha) own + alpha scale mean over pairs of F(a, b), F by `loss`.
+
+    method: a Method, or any module with its forward and loss (after_step is optional). alpha, scale:
+    the method's by default, else 0.1 and 1. The first `warmup` epochs use the method's own loss.
+    ValueError: an unknown loss; a forward that returns a bare tensor; a loss without pairs.
     """
 
-    def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1, threshold=ADAPTIVE, beta=1.0,
-                 tau_plus=0.1, warmup=0):
+    def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1,
+                 threshold=ADAPTIVE, beta=1.0, tau_plus=0.1, warmup=0):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"loss = {loss!r} is not one of {', '.join(LOSSES)}")
@@ -631,30 +492,36 @@ class HEX(nn.Module):
         self.temperature, self.beta, self.tau_plus = temperature, beta, tau_plus
 
     def forward(self, x1, x2):
-        return self.method(x1, x2)
+        embeddings = self.method(x1, x2)
+        if isinstance(embeddings, torch.Tensor):
+            raise ValueError("the method's forward returned a bare tensor: return a tuple of embeddings")
+        return embeddings
 
     def loss(self, *embeddings, epoch=0, threshold=None):
-        """-> loss (scalar), stats (detached scalars). threshold: for this batch (the oracle's needs its labels)."""
+        """-> loss (scalar), stats (detached scalars). threshold: this batch's (the oracle's labels)."""
         with torch.autocast(embeddings[0].device.type, enabled=False):
-            embeddings = [e.to(torch.promote_types(e.dtype, torch.float32)) if e.is_floating_point() else e for e in embeddings]
+            embeddings = [e.to(torch.promote_types(e.dtype, torch.float32)) if e.is_floating_point() else e
+                          for e in embeddings]
             own, pairs = self.method.loss(*embeddings)
             own = torch.as_tensor(own, device=embeddings[0].device)
             stats = {"own": own.detach()}
             if self.name == "base" or epoch < self.warmup:
                 loss = own
             elif not pairs:
-                raise ValueError(f"loss = {self.name!r} needs pairs (a, b), and the method's loss returned none")
+                raise ValueError(f"loss = {self.name!r} needs pairs (a, b): the method's loss gave none")
             else:
+                own = own.detach() if self.alpha == 1 else own      # frees its graph before the next
                 terms = [self.term(a, b, epoch, threshold or self.threshold) for a, b in pairs]
                 term = sum(value for value, _ in terms) / len(terms)
                 for key in terms[0][1]:
-                    stats[key] = sum(each[key] for _, each in terms) / len(terms)
+                    stats[key] = sum(more[key] for _, more in terms) / len(terms)
                 stats[self.name] = term.detach()
-                loss = self.alpha * self.scale * term + ((1 - self.alpha) * own if self.alpha < 1 else 0)
-            # Every output takes part, with weight 0 where the loss does not use it: DDP waits for each parameter.
+                loss = self.alpha * self.scale * term + (1 - self.alpha) * own
+            # Every output takes part, if with weight 0: DDP waits for each parameter's gradient.
             return loss + sum(0 * e.sum() for e in embeddings if e.requires_grad), stats
 
     def term(self, a, b, epoch, threshold):
+        """F(a, b) -> (scalar, stats)."""
         if self.name in ("infonce", "dcl"):
             return {"infonce": info_nce, "dcl": dcl}[self.name](a, b, self.temperature), {}
         return hex_nce(a, b, self.temperature, threshold=threshold, beta=self.beta, tau_plus=self.tau_plus,
@@ -662,10 +529,6 @@ class HEX(nn.Module):
 
     def after_step(self, step):
         getattr(self.method, "after_step", lambda step: None)(step)
-
-
-METHODS = {"simclr": SimCLR, "nnclr": NNCLR, "mocov3": MoCoV3, "byol": BYOL, "simsiam": SimSiam, "barlow": BarlowTwins,
-           "vicreg": VICReg}
 
 
 class NarrowResNet(torchvision.models.ResNet):
@@ -688,36 +551,44 @@ class NarrowResNet(torchvision.models.ResNet):
         return super()._make_layer(block, planes // self.share, *arguments, **named)
 
 
-def build_backbone(name, size=224, norm="batch"):
-    """A torchvision classification model by name, its last Linear an Identity: (module, its number of features).
+class UserError(Exception):
+    """Something the user can mend: one line that says how. status: 1 what the run met, 2 the command."""
 
-    ResNets get a 3x3 stem without max-pool for views of 64 pixels or less. UserError: unknown or unusable.
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+def build_backbone(name, size=224, norm="batch"):
+    """A torchvision classifier by name without its last Linear -> (module, number of features).
+
+    ResNets get a 3x3 stem without max-pool for views of 64 pixels or less. UserError: unusable.
     """
-    models = torchvision.models.list_models(module=torchvision.models)
-    if name == "pixels":                                                        # the raw pixels, to hold a probe against
+    if name == "pixels":                                    # the raw pixels, to hold a probe against
         return nn.Flatten(), 3 * size * size
-    named = {"resnet10_narrow": NarrowResNet} | {m: torchvision.models.get_model_builder(m) for m in models}
-    if name not in named:
-        near = difflib.get_close_matches(name, named, 4, 0.4)
-        raise UserError(f"--backbone {name}: unknown; near matches: {', '.join(near) or 'resnet18, resnet50'}", 2)
-    accepted, kind = inspect.signature(named[name]).parameters, {}
-    resnet = "norm_layer" in accepted or named[name].__module__.endswith("resnet")
+    models = {m: torchvision.models.get_model_builder(m)
+              for m in torchvision.models.list_models(module=torchvision.models)}
+    models["resnet10_narrow"] = NarrowResNet
+    if name not in models:
+        near = difflib.get_close_matches(name, models, 4, 0.4) or ["resnet18", "resnet50"]
+        raise UserError(f"--backbone {name}: unknown; near matches: {', '.join(near)}", 2)
+    resnet = name == "resnet10_narrow" or models[name].__module__.endswith("resnet")
+    kind = {}
     if norm == "group":
         if not resnet:
-            raise UserError(f"--norm group: only ResNets take it, not {name}; use --norm batch or a ResNet", 2)
+            raise UserError(f"--norm group: only ResNets take it, not {name}; use --norm batch", 2)
         kind["norm_layer"] = group_norm
     if name.startswith("vit_"):
         kind["image_size"] = size
     if name in ("googlenet", "inception_v3"):
         kind.update(aux_logits=False, init_weights=True)
     try:
-        model = named[name](**kind)
+        model = models[name](**kind)
         linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         if not linears:
             raise ValueError("it has no Linear classifier to remove")
-        parent, _, leaf = linears[-1].rpartition(".")
         width = model.get_submodule(linears[-1]).in_features
-        setattr(model.get_submodule(parent), leaf, nn.Identity())
+        model.set_submodule(linears[-1], nn.Identity())
         if resnet and size <= 64:
             stride = 2 if isinstance(model, NarrowResNet) else 1
             model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride, 1, bias=False)
@@ -728,108 +599,110 @@ def build_backbone(name, size=224, norm="batch"):
         if shape != (2, width):
             raise ValueError(f"it gives features of shape {tuple(shape[1:])}, not {width}")
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"--backbone {name}: cannot work at --size {size}: {str(error).splitlines()[0]}", 2) from error
+        raise UserError(f"--backbone {name}: cannot work at --size {size} ({str(error).splitlines()[0]}); "
+                        "use resnet18", 2) from error
     return model, width
 
 
-# --- Data and augmentation --------------------------------------------------------------------------------------------
+# --- Data and augmentation ------------------------------------------------------------------------
 
-FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, SOLARISE = range(8)   # the columns of a view's parameters
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                       # ImageNet's, for all data
-GREY_WEIGHTS = (0.2989, 0.587, 0.114)
-
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                        # mean and deviation
 CIFAR100_SUPER = [  # super-class of each of CIFAR-100's classes (Krizhevsky 2009)
-    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10,
-    12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16,
-    12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13]
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7,
+    6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10,
+    16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16,
+    12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13]
 
 
-def generator(*key):
+def rng_of(*key):
     """A random generator that depends on the key alone."""
     return random.Random(" ".join(map(str, key)))
 
 
 def permutation(count, *key):
-    return torch.randperm(count, generator=torch.Generator().manual_seed(generator(*key).getrandbits(63)))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(rng_of(*key).getrandbits(63)))
 
 
 class Pictures:
-    """uint8 pictures (n, 3, H, W) in memory, with fine labels and, where the data have them, coarse ones (or None)."""
+    """uint8 pictures (n, 3, H, W) in memory, with fine labels (n,) and coarse ones, or None."""
 
     def __init__(self, pictures, targets, coarse=None):
-        self.pictures, self.targets, self.coarse, self.bad = pictures, targets, coarse, set()
+        self.pictures, self.targets, self.coarse = pictures, targets, coarse
 
     def __len__(self):
-        return len(self.targets)
+        return len(self.pictures)
 
     def read(self, index):
         return self.pictures[index]
 
-    def name(self, index):
-        return f"picture {index}"
+    def identity(self):
+        """What tells these data from others: the bytes."""
+        return self.pictures.numpy().tobytes() + self.targets.numpy().tobytes()
 
 
-class Folder(torchvision.datasets.ImageFolder):
-    """ROOT/<class>/*: every file but dot-files is a picture, whatever its name."""
+class Folder:
+    """ROOT/<class>/**: every file is a picture. Hidden files and folders (.name) are left out.
+
+    labelled=False: ROOT/**, targets None. only: names of the classes to use.
+    """
     coarse = None
 
-    def __init__(self, root, classes=None, allow_empty=False):
-        self.only, self.bad = classes, set()
-        try:
-            super().__init__(root, is_valid_file=lambda path: not os.path.basename(path).startswith("."),
-                             allow_empty=True)
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            raise UserError(f"{root}: no class folders with pictures there: expected {root}/<class>/<picture> "
-                            f"(a flat ImageNet val/ is sorted into classes by valprep.sh); {error}") from error
-        empty = set(self.classes) - {self.classes[target] for target in self.targets}
-        if empty and not allow_empty:
-            raise UserError(f"{os.path.join(root, min(empty))}: the class folder is empty: "
-                            "fill it, remove it, or give --skip-bad-files")
-        self.targets = torch.tensor(self.targets, dtype=torch.long)
-        paths = [b"", *(os.fsencode(path) for path, _ in self.samples)]
-        self.ends = torch.tensor(list(itertools.accumulate(map(len, paths))))   # one tensor for all names: loader processes
-        self.paths = torch.frombuffer(bytearray(b"".join(paths) + b" "), dtype=torch.uint8)     # share it, however many
-        del self.samples, self.imgs
+    def __init__(self, root, labelled=True, only=None):
+        def unreadable(error):
+            raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from error
+
+        self.root, self.files, self.classes, self.targets = root, [], [], None
+        for folder, inside, names in os.walk(root, onerror=unreadable, followlinks=True):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            prefix = os.path.relpath(folder, root)
+            self.files += [os.path.normpath(os.path.join(prefix, name)) for name in sorted(names)
+                           if not name.startswith(".")]
+        if labelled:
+            class_of = {file: file.split(os.sep)[0] for file in self.files if os.sep in file}
+            found = set(class_of.values())
+            for name in only or []:
+                if name not in found:
+                    raise UserError(f"--classes: {root} has no folder {name} with pictures")
+            self.classes = sorted(only or found)
+            label = {name: i for i, name in enumerate(self.classes)}
+            self.files = [file for file, name in class_of.items() if name in label]
+            self.targets = torch.tensor([label[class_of[file]] for file in self.files], dtype=torch.long)
 
     def __len__(self):
-        return len(self.targets)
-
-    def find_classes(self, directory):
-        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        if not classes:
-            raise FileNotFoundError("only hidden folders")
-        missing = sorted(set(self.only or []) - set(classes))
-        if missing:
-            raise UserError(f"--classes: {missing[0]} is no folder of {directory}")
-        classes = sorted(self.only) if self.only else classes
-        return classes, {name: index for index, name in enumerate(classes)}
-
-    def path(self, index):
-        """The file's path as it is, bytes that are not UTF-8 included."""
-        return os.fsdecode(self.paths[self.ends[index]:self.ends[index + 1]].numpy().tobytes())
-
-    def name(self, index):
-        """The file, in one line of text: a line feed in its name is written as \\n."""
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda odd: repr(odd[0])[1:-1], self.path(index))
+        return len(self.files)
 
     def read(self, index):
-        """(3, H, W) uint8, upright: JPEG (grey and CMYK too), PNG (16 bits too), WebP or GIF, whatever the suffix."""
+        """(3, H, W) uint8, upright. UserError: it cannot be read.
+
+        JPEG by torchvision, twice as fast as Pillow; all else by Pillow: torchvision's PNG decoder
+        ends the process on some damaged files.
+        """
+        path = os.path.join(self.root, self.files[index])
         try:
-            with open(self.path(index), "rb") as file:                    # (torchvision's own wants UTF-8 names)
-                data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            picture = torchvision.io.decode_image(data, mode="RGB", apply_exif_orientation=True)
+            with open(path, "rb") as file:
+                data = file.read()
+            if data[:2] == b"\xff\xd8":
+                with warnings.catch_warnings(action="ignore"):              # they will move to TorchCodec
+                    return torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
+                                                      mode="RGB", apply_exif_orientation=True)
+            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+            if picture.mode.startswith("I;16"):
+                picture = Image.fromarray((numpy.asarray(picture) // 257).astype(numpy.uint8))
+            return torch.from_numpy(numpy.array(picture.convert("RGB"))).permute(2, 0, 1)
         except Exception as error:
-            reason = re.sub(r".*\.cpp:\d+, ", "", (str(error).strip() or type(error).__name__).splitlines()[0])
-            raise UserError(f"{self.name(index)}: not a readable picture ({reason}): "
-                            "mend or remove the file, or give --skip-bad-files") from None
-        picture = picture[0] if picture.ndim == 4 else picture                  # an animated GIF's first frame
-        return (picture.to(torch.int32) // 257).to(torch.uint8) if picture.dtype == torch.uint16 else picture
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path}: not a readable picture ({reason}): mend the file, or give "
+                            "--skip-bad-files") from None
+
+    def identity(self):
+        """What tells these data from others: the names, wherever ROOT lies."""
+        return os.fsencode("\0".join([*self.classes, "", *self.files]))
 
 
 def draw_shapes(count, seed):
     """The embedded data set: `count` 32x32 pictures of 12 kinds: polygon, star, flower, frame of 3, 4, 6 corners.
 
-    Colours, place, size, angle and background are random: only shape tells. Fine label: kind; coarse: family.
+    Colors, place, size, angle and background are random: only shape tells. Fine label: kind; coarse: family.
     """
     g = torch.Generator().manual_seed(seed)
     kind = torch.arange(count) % 12
@@ -838,74 +711,71 @@ def draw_shapes(count, seed):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=g)
 
-    axis = torch.linspace(-1, 1, 64)                                            # drawn at 64 pixels, halved below
+    axis = torch.linspace(-1, 1, 64)                                        # drawn at 64 pixels, halved below
     x, y = (axis.view(shape) - uniform(-0.2, 0.2, 1, 1) for shape in ((1, 1, -1), (1, -1, 1)))
-    radius, angle = torch.hypot(x, y) / uniform(0.5, 0.8, 1, 1), torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
-    half = math.pi / corners                                                    # half the angle of a sector
-    phi = (angle % (2 * half) - half).abs()                                     # 0 between corners, `half` at a corner
+    radius = torch.hypot(x, y) / uniform(0.5, 0.8, 1, 1)
+    angle = torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
+    half = math.pi / corners                                                # half the angle of a sector
+    phi = (angle % (2 * half) - half).abs()                                 # 0 between corners, `half` at one
     polygon = half.cos() / phi.cos()
-    star = 0.4 * half.sin() / (0.4 * phi.sin() + (half - phi).sin())            # straight from corner to notch
+    star = 0.4 * half.sin() / (0.4 * phi.sin() + (half - phi).sin())        # straight from corner to notch
     flower = 0.65 - 0.35 * (corners * angle).cos()
     edge = torch.stack([polygon, star, flower, polygon])[family, torch.arange(count)]
-    hole = ((family == 3)[:, None, None] & (radius < 0.6 * edge))
-    inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)        # (count, 1, 32, 32)
-    dark, bright, swap = uniform(0, 0.35, 3, 1, 1), uniform(0.65, 1, 3, 1, 1), uniform(0, 1, 1, 1, 1) < 0.5
-    back, ink = torch.where(swap, dark, bright), torch.where(swap, bright, dark)    # seen without colour, too
+    hole = (family == 3)[:, None, None] & (radius < 0.6 * edge)
+    inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)    # (count, 1, 32, 32)
+    dark, bright = uniform(0, 0.35, 3, 1, 1), uniform(0.65, 1, 3, 1, 1)     # seen without color, too
+    swap = uniform(0, 1, 1, 1, 1) < 0.5
+    back, ink = torch.where(swap, dark, bright), torch.where(swap, bright, dark)
     ramp = uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
     pictures = torch.lerp(back + ramp, ink, inside).clamp(0, 1)
     return Pictures((255 * pictures).byte(), kind, family)
 
 
-def read_lines(path):
-    """The lines of a text file, without blank ones and doubles. ValueError: there are none, or it is not text."""
-    with open(path, encoding="utf-8-sig") as file:
-        lines = list(dict.fromkeys(line.strip() for line in file if line.strip()))
-    if not lines:
-        raise ValueError("the file is empty")
-    return lines
+def load_cifar(cfg):
+    """CIFAR-10 or -100 from its archive; the first process of a machine downloads it."""
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[cfg.data]
+    coarse, splits = torch.tensor(CIFAR100_SUPER) if cfg.data == "cifar100" else None, []
+    root, first = cfg.root or "data", process().local_rank == 0
+    for download in (True, False):
+        if download == first:
+            try:
+                splits = [kind(root, train=train, download=download) for train in (True, False)]
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"--data {cfg.data} --root {root}: cannot get it ({error}); put its archive, "
+                                f"{kind.filename}, into {root}") from error
+        if process().ranks > 1:
+            dist.barrier()
+    return [Pictures(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets),
+                     None if coarse is None else coarse[split.targets]) for split in splits]
 
 
 def load_data(cfg):
-    """-> train, val: something with len, read(index), name(index), targets (tensor) and coarse (tensor or None)."""
+    """-> train, val: each with len, read(index), targets (tensor or None), coarse, identity()."""
     if cfg.data == "shapes":
         return draw_shapes(4096, 0), draw_shapes(1024, 1)
     if cfg.data in ("cifar10", "cifar100"):
-        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[cfg.data]
-        root = cfg.root or "data"
-        for turn in (True, False):                                              # the first rank of a node downloads
-            if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
-                try:
-                    splits = [kind(root, train=train, download=turn) for train in (True, False)]
-                except (OSError, RuntimeError) as error:
-                    raise UserError(f"--data {cfg.data} --root {root}: cannot get it ({error}); put its archive, "
-                                    f"{kind.filename}, into {root}") from error
-            if world() > 1:
-                dist.barrier()
-        lookup = torch.tensor(CIFAR100_SUPER) if cfg.data == "cifar100" else None
-        return [Pictures(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets),
-                         None if lookup is None else lookup[split.targets]) for split in splits]
+        return load_cifar(cfg)
+    try:
+        only = cfg.classes and set(open(cfg.classes, encoding="utf-8-sig").read().splitlines()) - {""}
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes {cfg.classes}: cannot be read ({error})", 2) from error
     for split in ("train", "val"):
         if not os.path.isdir(os.path.join(cfg.root, split)):
             raise UserError(f"--root {cfg.root}: there is no folder {split}/ in it: expected "
                             "ROOT/train/<class>/* and ROOT/val/<class>/*", 2)
-    try:
-        only = read_lines(cfg.classes) if cfg.classes else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes {cfg.classes}: cannot be read: {error}", 2) from error
-    train, val = (Folder(os.path.join(cfg.root, split), only, cfg.skip_bad_files) for split in ("train", "val"))
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise UserError(f"--root {cfg.root}: train/ and val/ hold different classes: {', '.join(odd[:5])}")
-    for split, pictures, least in (("train", train, max(2, world())), ("val", val, 1)):
-        if len(pictures) < least:
-            raise UserError(f"--root {cfg.root}: {len(pictures)} pictures in {split}/ are too few; fill it")
+    train, val = (Folder(os.path.join(cfg.root, split), only=only) for split in ("train", "val"))
+    differing = sorted(set(train.classes) ^ set(val.classes))
+    if differing or not train.classes:
+        raise UserError(f"--root {cfg.root}: train/ and val/ must hold the same class folders, with pictures "
+                        f"(a flat val/ is sorted by valprep.sh); not so: {', '.join(differing[:5]) or 'none at all'}")
     return train, val
 
 
 def random_crop(rng, height, width, smallest):
-    """top, left, height, width of Inception's crop: area in [smallest, 1], aspect ratio in [3/4, 4/3], 10 tries."""
+    """Inception's crop -> top, left, height, width: share in [smallest, 1], ratio in [3/4, 4/3], 10 tries."""
     for _ in range(10):
-        area, ratio = height * width * rng.uniform(smallest, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = height * width * rng.uniform(smallest, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
@@ -914,27 +784,29 @@ def random_crop(rng, height, width, smallest):
 
 
 class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> crops (views, 3, size, size) uint8, their parameters (views, 8), index, the index that was read.
+    """(epoch, index) -> crops (views, 3, size, size) uint8, parameters (views, 8), index, index that was read.
 
-    A pure function of (seed, epoch, index, view): worker, rank, batch size and resume do not enter. The device applies
-    the parameters (`augment`). views=0: one centre crop. skip: an unreadable picture is replaced by the next readable.
+    A pure function of (seed, epoch, index, view): worker, rank, batch size and resume do not enter. The
+    device applies the parameters (`augment`). views=0: one centre crop. skip: an unreadable picture is
+    replaced by the next that can be read, with a line on stderr.
     """
 
-    def __init__(self, pictures, size, *, views=2, seed=0, crop_min=0.08, blur=0.0, solarise=0.0, grey=0.2,
-                 colour=True, skip=False):
+    def __init__(self, pictures, size, *, views=2, seed=0, crop_min=0.08, blur=0.0, solarize=0.0, grayscale=0.2,
+                 color=True, skip=False):
         self.pictures, self.size, self.views, self.seed, self.crop_min = pictures, size, views, seed, crop_min
-        self.blur, self.solarise, self.grey, self.colour, self.skip = blur, solarise, grey, colour, skip
+        self.blur, self.solarize, self.grayscale, self.color, self.skip = blur, solarize, grayscale, color, skip
 
     def __len__(self):
         return len(self.pictures)
 
     def read(self, index):
-        for tried in range(len(self) if self.skip else 1):
+        for used in [*range(index, len(self)), *range(index)] if self.skip else [index]:
             try:
-                return self.pictures.read((index + tried) % len(self)), (index + tried) % len(self)
-            except UserError:
+                return self.pictures.read(used), used
+            except UserError as error:
                 if not self.skip:
                     raise
+                print(f"hex.py: skipped {clean(error)}", file=sys.stderr, flush=True)
         raise UserError("no file of the data can be read")
 
     def __getitem__(self, key):
@@ -944,29 +816,32 @@ class Views(torch.utils.data.Dataset):
             side = self.size if self.size <= 64 else self.size * 256 // 224
             crop = TF.center_crop(TF.resize(picture, [side], antialias=True), [self.size, self.size])
             return crop[None], torch.tensor([[0.0, 1, 1, 1, 0, 0, 0, 0]]), index, used
-        crops, parameters = zip(*(self.view(picture, generator(self.seed, epoch, index, view))
-                                  for view in range(self.views)), strict=True)
+        crops, parameters = zip(*(self.view(picture, rng_of(self.seed, epoch, index, view))
+                                  for view in range(self.views)))
         return torch.stack(crops), torch.tensor(parameters, dtype=torch.float32), index, used
 
     def view(self, picture, rng):
         top, left, height, width = random_crop(rng, *picture.shape[1:], self.crop_min)
         crop = TF.resized_crop(picture, top, left, height, width, [self.size, self.size], antialias=True)
-        flip, jitter, grey, blur, solarise = (rng.random() for _ in range(5))
+        flip, jitter, gray, blur, solarize = (rng.random() for _ in range(5))
         factors = [rng.uniform(0.2, 1.8) for _ in range(3)] + [rng.uniform(-0.2, 0.2)]
         sigma = rng.uniform(0.1, 2.0)
-        return crop, [flip < 0.5, *(factors if self.colour and jitter < 0.8 else (1, 1, 1, 0)),
-                      self.colour and grey < self.grey, sigma if blur < self.blur else 0, solarise < self.solarise]
+        return crop, [flip < 0.5, *(factors if self.color and jitter < 0.8 else (1, 1, 1, 0)),
+                      self.color and gray < self.grayscale, sigma if blur < self.blur else 0,
+                      solarize < self.solarize]
 
 
 def luminance(x):
-    return (x * x.new_tensor(GREY_WEIGHTS).view(3, 1, 1)).sum(-3, keepdim=True)
+    """(B, 3, H, W) -> (B, 1, H, W)."""
+    return (x * x.new_tensor((0.2989, 0.587, 0.114)).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
 def shift_hue(x, shift):
-    """x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns of the colour circle."""
+    """x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns of the color circle."""
     value, chroma, (r, g, b) = x.amax(1), x.amax(1) - x.amin(1), x.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
-    sixth = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    sixth = torch.where(value == r, (g - b) / safe,
+                        torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     k = (torch.stack([5 + sixth, 3 + sixth, 1 + sixth], 1) + 6 * shift[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -982,327 +857,117 @@ def gaussian_blur(x, sigma, kernel):
 
 
 @torch.no_grad()
-def augment(crops, parameters, *, colour=True, blur=False, solarise=False):
-    """Crops (B, 3, S, S) uint8 and their parameters (B, 8) -> normalised float views, the whole batch at once."""
-    parameters = parameters[:, :, None, None, None]                             # each (B, 1, 1, 1)
+def augment(crops, parameters, *, color=True, blur=False, solarize=False):
+    """Crops (B, 3, S, S) uint8 and their parameters (B, 8) -> normalized float views, the whole batch at once."""
+    flip, brightness, contrast, saturation, hue, gray, sigma, inverse = parameters.T[..., None, None, None]
     x = crops.float() / 255
-    x = torch.where(parameters[:, FLIP] > 0, x.flip(-1), x)
-    if colour:
-        x = (x * parameters[:, BRIGHTNESS]).clamp(0, 1)
-        x = torch.lerp(luminance(x).mean((-3, -2, -1), keepdim=True), x, parameters[:, CONTRAST]).clamp(0, 1)
-        x = torch.lerp(luminance(x), x, parameters[:, SATURATION]).clamp(0, 1)
-        x = shift_hue(x, parameters[:, HUE, 0])
-        x = torch.where(parameters[:, GREY] > 0, luminance(x), x)
+    x = torch.where(flip > 0, x.flip(-1), x)
+    if color:
+        x = (x * brightness).clamp(0, 1)
+        x = torch.lerp(luminance(x).mean((-3, -2, -1), keepdim=True), x, contrast).clamp(0, 1)
+        x = torch.lerp(luminance(x), x, saturation).clamp(0, 1)
+        x = shift_hue(x, hue[:, 0])
+        x = torch.where(gray > 0, luminance(x), x)
     if blur:
-        x = gaussian_blur(x, parameters[:, SIGMA].flatten(), min(23, crops.shape[-1] // 10 | 1))
-    if solarise:
-        x = torch.where((parameters[:, SOLARISE] > 0) & (x >= 0.5), 1 - x, x)
-    x = (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+        x = gaussian_blur(x, sigma.flatten(), min(23, crops.shape[-1] // 10 | 1))
+    if solarize:
+        x = torch.where((inverse > 0) & (x >= 0.5), 1 - x, x)
+    mean, deviation = IMAGENET
+    x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(deviation).view(3, 1, 1)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-class Batches(torch.utils.data.Sampler):
-    """This rank's part of global batch k = order[k B : (k + 1) B], as (epoch, index); the order is of (key, epoch).
+def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), every=(0, 1)):
+    """This rank's batches, lists of (epoch, index), from batch `start` of the run to the end of `epochs`.
 
-    groups: the number of batches is a multiple of it, a trailing part of a group is dropped.
+    Batch k of an epoch is order[k size : (k + 1) size]; the order is of (key, epoch) alone. group: an epoch
+    has a multiple of it, the rest is dropped. part: (r, W), this rank's W-th of each batch. every: (r, W),
+    only the batches k with k mod W = r.
     """
-
-    def __init__(self, indices, batch, *key, groups=1):
-        self.indices, self.batch, self.key = torch.as_tensor(indices), batch, key
-        self.count = len(indices) // batch // groups * groups
-        self.epoch = self.start = 0                                             # start: the first batch, for a resume
-
-    def __len__(self):
-        return self.count - self.start
-
-    def __iter__(self):
-        order = self.indices[permutation(len(self.indices), *self.key, self.epoch)].tolist()
-        share = self.batch // world()
-        for k in range(self.start, self.count):
-            first = k * self.batch + rank() * share
-            yield [(self.epoch, i) for i in order[first:first + share]]
-
-
-def start(source):
-    """iter(source). Signals wait meanwhile, in its new processes until those have left the group (detach_worker)."""
-    if source.num_workers:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        multiprocessing.resource_tracker.ensure_running()                       # a helper of spawn; it unblocks some
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        return iter(source)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    count, (r, W) = len(indices) // size // group * group, part
+    for number in range(start, epochs * count):
+        epoch, k = divmod(number, count)
+        if k == 0 or number == start:
+            order = indices[permutation(len(indices), *key, epoch)].tolist()
+        if k % every[1] == every[0]:
+            first = k * size + r * size // W
+            yield [(epoch, i) for i in order[first:first + size // W]]
 
 
 def detach_worker(_):
-    """A loader process leaves the run's process group: what stops the group must not stop it before the step ends."""
-    os.setsid()
+    """A loader process leaves signals to the run: what stops the run must not stop it before the step ends."""
     for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)                                     # drops those that wait
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+        signal.signal(each, signal.SIG_IGN)
 
 
-def loader(views, batches, cfg):
-    """batches: lists of (epoch, index). Yields what Views gives, stacked.
+def loader(views, batches, cfg, workers=None):
+    """Yields what Views gives, stacked.
 
-    Loader processes are spawned: a fork beside running threads (autograd's, gloo's, CUDA's) now and then never returns.
-    That takes them seconds, so a short list of batches is read without them.
+    Loader processes are spawned: a fork beside running threads (autograd's, gloo's, CUDA's) now and then
+    never returns.
     """
-    workers = 0 if isinstance(batches, list) and len(batches) <= 16 else cfg.workers
+    workers = cfg.workers if workers is None else workers
     return torch.utils.data.DataLoader(
-        views, batch_sampler=batches, num_workers=workers, pin_memory=cfg.device == "cuda", persistent_workers=workers > 0,
-        worker_init_fn=detach_worker if workers else None, multiprocessing_context="spawn" if workers else None)
+        views, batch_sampler=batches, num_workers=workers, pin_memory=cfg.device == "cuda",
+        worker_init_fn=detach_worker, multiprocessing_context="spawn" if workers else None)
 
 
-def note_bad_files(pictures, index, used):
-    """Remembers the files that --skip-bad-files passed over: from the one asked for to the one before that read."""
-    for first, last in zip(index.tolist(), used.tolist(), strict=True):
-        pictures.bad.update(pictures.name(i % len(pictures)) for i in range(first, last + len(pictures) * (last < first)))
+def train_views(pictures, cfg, seed):
+    """The two views of each picture, as the configuration asks for them."""
+    return Views(pictures, cfg.size, seed=seed, crop_min=cfg.crop_min, blur=cfg.blur, solarize=cfg.solarize,
+                 grayscale=cfg.grayscale, skip=cfg.skip_bad_files)
 
 
-# --- Optimiser and schedule -------------------------------------------------------------------------------------------
+# --- Optimizer and schedule -----------------------------------------------------------------------
 
 
 class LARS(torch.optim.Optimizer):
     """You et al. 2017: SGD with momentum whose rate is scaled, tensor by tensor, by eta |w| / (|g| + decay |w|).
 
-    Tensors of one dimension (biases, norms) are neither decayed nor scaled. clip: the factor is at most 1 / lr
-    (the authors' setting, with eta 0.02; common for ImageNet is eta 0.001 without).
+    Tensors of one dimension (biases, norms) are neither decayed nor scaled. clip: the factor is at most
+    1 / lr (the authors' setting, with eta 0.02; common for ImageNet is eta 0.001 without).
     """
 
     def __init__(self, params, lr, *, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
-        params = list(params)
-        groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay, adapt=True),
-                  dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, adapt=False)]
-        super().__init__([group for group in groups if group["params"]],
-                         dict(lr=lr, momentum=momentum, eta=eta, clip=clip))
-
-    def add_param_group(self, group):
-        super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
-            self.state[p]["momentum"] = torch.zeros_like(p)
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip=clip))
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            grads, lr, decay = [p.grad for p in params], group["lr"], group["weight_decay"]
-            if not params:
-                continue
-            if group["adapt"]:
-                w, g = (torch.stack(torch._foreach_norm(each)) for each in (params, grads))
-                factor = group["eta"] * w / (g + decay * w + 1e-8)
-                factor = (factor / lr).clamp(max=1) if group["clip"] else factor
-                factor = torch.where((w > 0) & (g > 0), factor, 1)
-                grads = torch._foreach_add(grads, params, alpha=decay)
-                torch._foreach_mul_(grads, list(factor.unbind()))
-            buffers = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, grads)
-            torch._foreach_add_(params, buffers, alpha=-lr)
+            lr, decay = group["lr"], group["weight_decay"]
+            for adapt in (True, False):
+                params = [p for p in group["params"] if p.grad is not None and (p.ndim > 1) == adapt]
+                if not params:
+                    continue
+                grads = [p.grad for p in params]
+                if adapt:
+                    w, g = (torch.stack(torch._foreach_norm(each)) for each in (params, grads))
+                    factor = group["eta"] * w / (g + decay * w + 1e-8)
+                    factor = (factor / lr).clamp(max=1) if group["clip"] else factor
+                    factor = torch.where((w > 0) & (g > 0), factor, 1)
+                    grads = torch._foreach_add(grads, params, alpha=decay)
+                    torch._foreach_mul_(grads, list(factor.unbind()))
+                velocity = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                torch._foreach_mul_(velocity, group["momentum"])
+                torch._foreach_add_(velocity, grads)
+                torch._foreach_add_(params, velocity, alpha=-lr)
+        return loss
 
 
 def learning_rate(step, total, warmup, peak):
-    """Linear over `warmup` steps to `peak`, then half a cosine to 0 at `total`."""
+    """Linear over `warmup` steps to `peak`, then half a cosine to 0 at `total`. step: from 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
-# --- Pre-training -----------------------------------------------------------------------------------------------------
+# --- Evaluation -----------------------------------------------------------------------------------
 
-
-def build_model(cfg):
-    """The wrapped method on the CPU; its weights are a function of the seed."""
-    torch.manual_seed(cfg.seed)
-    backbone, width = build_backbone(cfg.backbone, cfg.size, cfg.norm)
-    kind = METHODS[cfg.method]
-    accepted = inspect.signature(kind).parameters
-    heads = {name: getattr(cfg, name) for name in ("hidden", "dim", "predictor", "queue", "ema", "temperature")
-             if name in accepted and getattr(cfg, name) is not None}
-    try:
-        method = kind(backbone, width, norm=group_norm if cfg.norm == "group" else nn.BatchNorm1d, **heads)
-    except RuntimeError as error:
-        raise UserError(f"--method {cfg.method}: its heads cannot be made ({str(error).splitlines()[0]}): lower --hidden, "
-                        "--dim, --predictor or --queue", 2) from error
-    threshold = {"adaptive": AdaptiveThreshold(cfg.quantile), "oracle": None,
-                 "step": StepThreshold(0.9, 0.1, max(1, math.ceil(cfg.epochs / 10))),
-                 "cosine": CosineThreshold(0.9, 0.3, cfg.epochs)}[cfg.threshold]
-    return HEX(method, cfg.loss, alpha=cfg.alpha, temperature=cfg.temperature, threshold=threshold, beta=cfg.beta,
-               tau_plus=cfg.tau_plus, warmup=cfg.hex_warmup)
-
-
-def train_views(train, cfg):
-    """The two views of each picture, as the configuration asks for them."""
-    return Views(train, cfg.size, seed=cfg.seed, crop_min=cfg.crop_min, blur=cfg.blur, solarise=cfg.solarise,
-                 grey=cfg.grey, skip=cfg.skip_bad_files)
-
-
-class Stopwatch:
-    """Milliseconds a stage. On CUDA, exact=True takes events; else the host's clock (all that the data wait needs)."""
-
-    def __init__(self, exact=False):
-        self.exact, self.marks = exact, []
-
-    def __call__(self, stage):
-        """The stage that ends now."""
-        moment = time.perf_counter()
-        if self.exact and torch.cuda.is_available():
-            moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
-        self.marks.append((stage, moment))
-
-    def spans(self):
-        """[(stage, ms), ...] since the last call."""
-        marks, self.marks = self.marks, self.marks[-1:]
-        if self.exact and torch.cuda.is_available():
-            torch.cuda.synchronize()
-            return [(b[0], a[1].elapsed_time(b[1])) for a, b in zip(marks, marks[1:], strict=False)]
-        return [(b[0], 1e3 * (b[1] - a[1])) for a, b in zip(marks, marks[1:], strict=False)]
-
-
-def layout(tree, path=""):
-    """{place in a nest of dicts and lists: shape and dtype of a tensor, or type}: what checkpoints of a run have in common."""
-    if isinstance(tree, (dict, list)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {k: v for key, each in items for k, v in layout(each, f"{path}{'.' if path else ''}{key}").items()}
-    return {path: (tree.shape, tree.dtype, tree.layout) if isinstance(tree, torch.Tensor) else type(tree)}
-
-
-class Trainer:
-    """The model, its optimiser and scaler, and one step of them: all that a checkpoint holds."""
-
-    def __init__(self, cfg, train):
-        self.cfg, self.train, self.steps, self.skipped = cfg, train, 0, 0       # steps done; skipped in a row
-        self.asked, self.stop = False, False                                    # a signal on this rank; agreed by all
-        self.lap = Stopwatch(cfg.bench is not None)
-        self.batches = Batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", groups=cfg.accumulate)
-        self.per_epoch = len(self.batches) // cfg.accumulate
-        self.total = cfg.epochs * self.per_epoch
-        if not self.per_epoch and cfg.epochs:
-            raise UserError(f"--batch-size {cfg.batch_size} --accumulate {cfg.accumulate}: more than the {len(train)} train "
-                            "pictures; lower them", 2)
-        self.model = build_model(cfg)
-        if cfg.micro_batch and cfg.micro_batch < cfg.batch_size:
-            for path, module in self.model.named_modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "p", 0):
-                    raise UserError(f"--micro-batch {cfg.micro_batch}: {path} ({type(module).__name__}) makes it "
-                                    "inexact; use --norm group and a backbone without dropout", 2)
-        self.model.to(cfg.device, memory_format=torch.channels_last)
-        self.ddp = self.model
-        if world() > 1:
-            if cfg.device == "cuda":
-                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-            self.ddp = DistributedDataParallel(self.model, forward_sync_buffers=False)
-        if cfg.compile:
-            self.model.method.compile()
-        self.peak = cfg.lr * cfg.batch_size * cfg.accumulate / 256
-        self.optimizer = LARS((p for p in self.model.parameters() if p.requires_grad), self.peak, eta=cfg.eta,
-                              weight_decay=cfg.weight_decay, clip=cfg.clip)
-        self.scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
-        # A step that is skipped leaves these as they were, too: a forward pass has already changed them.
-        self.running = [buffer for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-                        for buffer in module.buffers()]
-
-    def state(self):
-        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                    scaler=self.scaler.state_dict(), steps=self.steps)
-
-    def save(self, path):
-        """In rank 0. Not after a skipped step, or with weights that are not finite: the last good one stays."""
-        if rank() == 0 and not self.skipped and all(p.isfinite().all() for p in self.model.parameters()):
-            write_tensors(path, self.state())
-
-    def load(self, path):
-        state = read_tensors(path, "checkpoint")
-        mine, theirs = layout(self.state()), layout(state)
-        odd = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        if odd or not 0 <= state["steps"] <= self.total:
-            raise UserError(f"{path}: not a checkpoint of this run: {', '.join(odd[:5]) or 'its step'} "
-                            f"{'differ' if len(odd) > 1 else 'differs'}; delete it to start again, or give another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.steps = state["steps"]
-
-    def embed(self, crops, parameters):
-        """(m, 2, 3, S, S) uint8 and (m, 2, 8) -> the method's embeddings, each (m, ...)."""
-        cfg = self.cfg
-        x1, x2 = augment(crops.transpose(0, 1).flatten(0, 1), parameters.transpose(0, 1).flatten(0, 1),
-                         blur=cfg.blur > 0, solarise=cfg.solarise > 0).chunk(2)
-        self.lap("augment")
-        with autocast(cfg):
-            return self.ddp(x1, x2)
-
-    def gradients(self, crops, parameters, epoch, labels, last):
-        """Adds one loss's gradient to .grad. Returns loss, stats, and the flags (2,): not finite, asked to stop; on any rank.
-
-        With --micro-batch: embeddings of all without gradient, the loss's gradient in the embeddings, then the
-        embeddings of m images at a time once more, with gradient (Gao et al. 2021). last: DDP reduces here.
-        """
-        cfg, ddp = self.cfg, self.ddp
-        held = contextlib.nullcontext if world() == 1 else ddp.no_sync
-        m = (cfg.micro_batch or cfg.batch_size) // world()
-        chunks = list(zip(crops.split(m), parameters.split(m), strict=True))
-        with contextlib.nullcontext() if last and len(chunks) == 1 else held(), torch.set_grad_enabled(len(chunks) == 1):
-            parts = [self.embed(*chunk) for chunk in chunks]
-        embeddings = parts[0] if len(parts) == 1 else \
-            [torch.cat(each).float().requires_grad_() for each in zip(*parts, strict=True)]
-        self.lap("forward")
-        loss, stats = self.model.loss(*embeddings, epoch=epoch,
-                                      threshold=None if labels is None else OracleHierarchy(labels))
-        flags = torch.stack([~loss.detach().isfinite(), torch.full_like(loss, self.asked, dtype=torch.bool)]).float()
-        if world() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        self.lap("loss")
-        with contextlib.nullcontext() if last and len(chunks) == 1 else held():
-            self.scaler.scale(loss / cfg.accumulate).backward()
-        for i, chunk in enumerate(chunks if len(chunks) > 1 else []):
-            rows = slice(i * m, (i + 1) * m)
-            with contextlib.nullcontext() if last and i == len(chunks) - 1 else held():
-                outputs = [(out, e.grad[rows].to(out.dtype)) for out, e in
-                           zip(self.embed(*chunk), embeddings, strict=True) if out.requires_grad and e.grad is not None]
-                torch.autograd.backward(*zip(*outputs, strict=True))
-        self.lap("backward")
-        return loss.detach(), stats, flags
-
-    def step(self, source):
-        """One optimiser step over `accumulate` losses. source: an iterator of the loader. Returns loss, stats, lr."""
-        cfg, step = self.cfg, self.steps
-        torch.manual_seed(generator(cfg.seed, "step", step, rank()).getrandbits(63))  # dropout, stochastic depth
-        lr = learning_rate(step, self.total, cfg.lr_warmup * self.per_epoch, self.peak)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        running = [buffer.clone() for buffer in self.running]
-        flags, oracle = 0, cfg.threshold == "oracle" and cfg.loss in ("hex", "released")
-        for part in range(cfg.accumulate):
-            crops, parameters, index, used = next(source)
-            note_bad_files(self.train, index, used)
-            crops, parameters = (each.to(cfg.device, non_blocking=True) for each in (crops, parameters))
-            labels = self.train.coarse[used].to(cfg.device) if oracle else None  # the one place where labels touch a loss
-            self.lap("load")
-            loss, stats, flag = self.gradients(crops, parameters, step // self.per_epoch, labels, part == cfg.accumulate - 1)
-            flags = flags + flag
-        # Read once a step, when the backward is queued: a GPU has work while the host waits for the loss.
-        broken, self.stop = (flag > 0 for flag in flags.tolist())
-        scale = self.scaler.get_scale() if cfg.amp == "fp16" else 0
-        if not broken:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            broken = cfg.amp == "fp16" and self.scaler.get_scale() < scale      # fp16: a scale that fell is a skip
-        if broken:
-            for buffer, before in zip(self.running, running, strict=True):
-                buffer.copy_(before)
-        else:
-            self.model.method.steps = self.total
-            self.model.after_step(step + 1)
-        self.steps, self.skipped = step + 1, self.skipped + 1 if broken else 0
-        self.lap("optimiser")
-        return loss, stats, lr
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)     # of the probe's heads, trained side by side
 
 
 def autocast(cfg):
@@ -1310,305 +975,38 @@ def autocast(cfg):
     return torch.autocast(cfg.device, dtype=kind, enabled=cfg.amp != "off")
 
 
-def write(path, data):
-    """Atomically: a reader, or a run that resumes, finds the old file or the new one. data: bytes or str."""
-    data = data.encode() if isinstance(data, str) else data
-    try:
-        with open(path + ".tmp", "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact; "
-                        "make room or give another --out, then run the same command again") from error
-
-
-def write_tensors(path, tree):
-    """Tensors in dicts and lists, atomically; read_tensors reads them."""
-    file = io.BytesIO()
-    torch.save(tree, file)
-    write(path, file.getvalue())
-
-
-def read_tensors(path, what):
-    """torch.load that runs no code from the file. UserError: missing, damaged, or not a file of tensors."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                if parts.testzip():                                             # torch.load does not look at the checksums
-                    raise ValueError("checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: not a readable {what} ({type(error).__name__}): "
-                        "damaged, or not made of plain tensors; delete it or give another") from None
-
-
-def list_bad_files(out, *splits):
-    """bad_files.txt: what --skip-bad-files passed over, on any rank, now or before a resume. Every rank calls it."""
-    path, found = os.path.join(out, "bad_files.txt"), [None] * world()
-    mine = sorted(set().union(*(split.bad for split in splits)))
-    if world() > 1:
-        dist.all_gather_object(found, mine)
-    found = set(mine).union(*filter(None, found))
-    if found and rank() == 0:
-        if os.path.exists(path):
-            found |= set(open(path, encoding="utf-8", errors="surrogateescape").read().split("\n")[:-1])
-        write(path, "".join(f"{name}\n" for name in sorted(found)).encode(errors="surrogateescape"))
-
-
-def plain(value):
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Metrics:
-    """metrics.jsonl: a line of JSON an event, in rank 0. keep: the steps that a resumed run has behind it."""
-
-    def __init__(self, out, keep):
-        self.path, lines = os.path.join(out, "metrics.jsonl"), []
-        if rank() == 0:
-            if os.path.exists(self.path):
-                for line in open(self.path, encoding="utf-8", errors="replace"):
-                    with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run
-                        if json.loads(line)["step"] <= keep:
-                            lines.append(line)
-            write(self.path, "".join(lines))
-
-    def __call__(self, **event):
-        if rank() == 0:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({key: plain(value) for key, value in event.items()}) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room") from error
-
-
 @torch.no_grad()
-def emergence(model, cfg, train, val, picture=None):
-    """Once an epoch, for every --loss: what H(i) is on one fixed batch, and how the features fare on fixed subsets.
-
-    Labels are used for logging alone. picture: path of neighbours.png. Returns scalars.
-    """
-    model.eval()
-    if world() > 1:
-        for buffer in model.buffers():                                          # BatchNorm without SyncBatchNorm
-            dist.broadcast(buffer, 0)
-    share = min(256, len(train)) // world()
-    fixed = permutation(len(train), "fixed")[:share * world()]
-    mine = fixed[rank() * share:(rank() + 1) * share]
-    views = Views(train, cfg.size, seed="fixed", crop_min=cfg.crop_min, grey=cfg.grey, skip=cfg.skip_bad_files)
-    crops, parameters, _, used = next(start(loader(views, [[(0, i) for i in mine.tolist()]], cfg)))
-    x1, x2 = (augment(crops[:, v].to(cfg.device), parameters[:, v].to(cfg.device)) for v in (0, 1))
-    with autocast(cfg):
-        embeddings = model(x1, x2)
-    a, b = model.method.loss(*(e.float() for e in embeddings))[1][0]
-    eps, local = local_mask(a, b, AdaptiveThreshold(cfg.quantile))              # (2 share, 2N)
-    out = dict(threshold=eps, local=mean_over_ranks(local.sum(1).float().mean()))
-    used = used.to(cfg.device)
-    everyone = gather(used).repeat(2)
-    negative = used.repeat(2)[:, None] != everyone
-    for labels, name in ((train.targets, ""), (train.coarse, "_coarse")):
-        if labels is not None:
-            same = labels.to(cfg.device)[used].repeat(2)[:, None] == labels.to(cfg.device)[everyone]
-            counts = torch.stack([(same & local).sum(), local.sum(), (same & negative).sum(), negative.sum()]).float()
-            counts = mean_over_ranks(counts)
-            out["purity" + name], out["chance" + name] = counts[0] / counts[1], counts[2] / counts[3]
-    z = F.normalize(torch.cat([gather(a), gather(b)]))
-    out["std"] = z.std(0).mean() * math.sqrt(z.shape[1])                        # 1: spread out; 0: collapsed
-    bank, query = (permutation(len(split), "subset")[:count] for split, count in ((train, 2048), (val, 512)))
-    features, kept = extract(model.method.backbone, train, bank, cfg)
-    tests, tested = extract(model.method.backbone, val, query, cfg)
-    singular = torch.linalg.svdvals(features) if features.isfinite().all() else features.new_full((1,), math.nan)
-    p = singular / singular.sum() + 1e-7
-    out["rankme"] = (-p * p.log()).sum().exp()                                  # Garrido et al. 2023
-    out["knn"] = nearest_neighbours(features, train.targets[bank[kept]], tests, val.targets[query[tested]])
-    if picture and rank() == 0:
-        draw_neighbours(picture, Views(train, cfg.size, views=0, skip=cfg.skip_bad_files), everyone.tolist(),
-                        local.cpu(), (F.normalize(torch.cat([a, b])) @ z.T).cpu())
-    model.train()
-    return out
-
-
-def draw_neighbours(path, views, index, local, cosine, rows=8, columns=8):
-    """A row: an anchor, then the pictures in its H(i), the nearest first; blank where H(i) has no more.
-
-    The anchors are the first of the fixed batch (which is in random order) whose H(i) is not empty.
-    """
-    grid = []
-    for anchor in [i for i in range(len(local) // 2) if local[i].any()][:rows] or [0]:
-        members = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
-        chosen = list(dict.fromkeys([index[anchor], *(index[j] for j in members)]))[:columns]
-        strip = [views[0, i][0][0].float() / 255 for i in chosen]
-        grid += strip + [torch.ones_like(strip[0])] * (columns - len(strip))
-    file = io.BytesIO()
-    torchvision.utils.save_image(torchvision.utils.make_grid(grid, nrow=columns, pad_value=1), file, format="png")
-    write(path, file.getvalue())
-
-
-@contextlib.contextmanager
-def handled(handler):
-    """Signals go to `handler`; before and after, to whatever they went to. (Python lets only its main thread set this.)"""
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {each: signal.signal(each, handler) for each in SIGNALS} if main_thread else {}
-    try:
-        yield
-    finally:
-        for each, old in before.items():
-            signal.signal(each, old)
-
-
-def pretrain(trainer, val, out):
-    """Trains, resumes, logs; leaves checkpoint.pt and backbone.pt. Returns the model."""
-    cfg, train, batches, checkpoint = trainer.cfg, trainer.train, trainer.batches, os.path.join(out, "checkpoint.pt")
-    if os.path.exists(checkpoint):
-        trainer.load(checkpoint)
-    note = Metrics(out, trainer.steps or -1)                                    # step 0 is noted again
-    source, warned = loader(train_views(train, cfg), batches, cfg), False
-    bar = tqdm(total=trainer.total, initial=trainer.steps, disable=rank() > 0, unit="step")
-
-    def finish_the_step(*_):
-        trainer.asked = True
-
-    with handled(finish_the_step), bar:
-        if trainer.steps == 0:
-            early = os.path.join(out, "neighbours_early.png")
-            note(event="epoch", step=0, epoch=0, **emergence(trainer.model, cfg, train, val, early))
-        while trainer.steps < trainer.total:
-            epoch, done = divmod(trainer.steps, trainer.per_epoch)
-            batches.epoch, batches.start = epoch, done * cfg.accumulate
-            iterator = start(source)
-            trainer.lap("start")
-            for step in range(trainer.steps + 1, (epoch + 1) * trainer.per_epoch + 1):
-                loss, stats, lr = trainer.step(iterator)
-                if trainer.skipped:
-                    note(event="skipped", step=step, in_a_row=trainer.skipped)
-                if trainer.skipped >= (50 if cfg.amp == "fp16" else 10):        # a scaler needs some to find its scale
-                    raise UserError(f"the loss is not finite, {trainer.skipped} steps in a row, at step {step}: lower "
-                                    "--lr, or use --amp bf16 or off; the last checkpoint is intact")
-                if step % cfg.log_every == 0 or step == trainer.total:
-                    spans = trainer.lap.spans()
-                    spent = sum(ms for _, ms in spans) or 1e-9
-                    speed = dict(images_per_second=cfg.batch_size * cfg.accumulate * 1e3 / spent
-                                 * sum(stage == "optimiser" for stage, _ in spans),
-                                 data_wait=sum(ms for stage, ms in spans if stage == "load") / spent)
-                    stats = {key: mean_over_ranks(value).item() for key, value in (("loss", loss), *stats.items())}
-                    note(event="step", step=step, epoch=epoch, **stats, lr=lr, **speed)
-                    shown = {key: f"{stats[key]:.3g}" for key in ("loss", "threshold", "local") if key in stats}
-                    bar.set_postfix(shown | {"img/s": f"{speed['images_per_second']:.0f}",
-                                             "wait": f"{speed['data_wait']:.0%}"}, refresh=False)
-                bar.update()
-                ends = step % trainer.per_epoch == 0
-                if ends:
-                    figures = emergence(trainer.model, cfg, train, val)
-                    note(event="epoch", step=step, epoch=epoch + 1, **figures)
-                    if figures["std"] < 0.1 and not warned:
-                        warned = True
-                        announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1 at epoch "
-                                 f"{epoch + 1}): lower --lr, or check the augmentation")
-                if ends or trainer.stop or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
-                    trainer.save(checkpoint)
-                    list_bad_files(out, train, val)
-                if trainer.stop:
-                    raise Interrupted
-                trainer.lap("log")
-            trainer.lap.marks.clear()
-    backbone = {key: value.cpu() for key, value in trainer.model.method.backbone.state_dict().items()}
-    if not all(value.isfinite().all() for value in backbone.values()):
-        raise UserError("the weights are not finite: lower --lr, and give another --out")
-    if rank() == 0:
-        write_tensors(os.path.join(out, "backbone.pt"), backbone)
-    if mean_over_ranks(torch.tensor(float(trainer.asked), device=cfg.device)) > 0:  # while the last epoch was described
-        raise Interrupted
-    return trainer.model
-
-
-def bench(cfg, train):
-    """Times --bench N steps after a warm-up; prints milliseconds and share a stage, and HEX's overhead over InfoNCE."""
-    trainer, warm, steps = Trainer(cfg, train), 3, []
-    source = loader(train_views(train, cfg), trainer.batches, cfg)
-
-    def forever():
-        while True:
-            yield from start(source)
-            trainer.batches.epoch += 1
-
-    iterator = forever()
-    for step in range(warm + cfg.bench):
-        trainer.lap("start")
-        trainer.steps = cfg.hex_warmup * trainer.per_epoch + min(step, trainer.per_epoch - 1)
-        trainer.step(iterator)
-        spans = trainer.lap.spans()
-        if step >= warm:
-            steps.append({stage: sum(ms for name, ms in spans if name == stage) for stage, _ in spans})
-    whole = median(sum(each.values()) for each in steps)
-    announce(f"{cfg.data} {cfg.method} {cfg.loss} {cfg.backbone} batch {cfg.batch_size} x {cfg.accumulate} on "
-             f"{cfg.device} x {world()}, {torch.get_num_threads()} threads, {cfg.workers} workers: "
-             f"median of {cfg.bench} steps")
-    for stage in ("load", "augment", "forward", "loss", "backward", "optimiser"):
-        middle = median(each.get(stage, 0) for each in steps)
-        announce(f"{stage:10} {middle:9.2f} ms {middle / whole:6.1%}")
-    covered = sum(v for each in steps for k, v in each.items() if k != "start") / sum(sum(e.values()) for e in steps)
-    announce(f"{'step':10} {whole:9.2f} ms; in no stage {1 - covered:.1%}; "
-             f"{cfg.batch_size * cfg.accumulate * 1e3 / whole:.0f} images/s")
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak, what = (torch.cuda.max_memory_allocated(), "GPU") if cfg.device == "cuda" else (resident, "process")
-    announce(f"peak memory of the {what} {peak / 2**30:.2f} GiB")
-    share = cfg.batch_size // world()
-    width = cfg.dim or 128
-    a, b = (torch.randn(share, width, device=cfg.device, requires_grad=True) for _ in range(2))
-    watch, spent = Stopwatch(exact=True), {}
-    for turn in range(8):
-        for name, function in (("infonce", lambda: info_nce(a, b)), ("hex", lambda: hex_nce(a, b)[0])):
-            watch("start")
-            function().backward()
-            watch(name)
-            if turn:
-                spent.setdefault(name, []).append(watch.spans()[-1][1])
-            watch.marks.clear()
-    ms = {name: median(each) for name, each in spent.items()}
-    announce(f"loss forward + backward, {width} dimensions: infonce {ms['infonce']:.2f} ms, hex {ms['hex']:.2f} ms; "
-             f"HEX's overhead over infonce: {(ms['hex'] - ms['infonce']) / whole:.1%} of a step")
-
-
-# --- Evaluation -------------------------------------------------------------------------------------------------------
-
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)      # of the probe's heads, trained side by side
-
-
-@torch.no_grad()
-def extract(backbone, pictures, indices, cfg):
+def features(backbone, pictures, indices, cfg):
     """Features of centre crops, on every rank: (n, width) float32; and kept (n,) bool, False: the file was bad.
 
-    Each rank reads a run of the indices, the last padded to the same length.
+    Each rank reads a run of the indices, the last padded to the same length. UserError: not finite.
     """
     share = math.ceil(len(indices) / world())
     mine = indices[(rank() * share + torch.arange(share)).clamp(max=len(indices) - 1)]
     views, rows, kept = Views(pictures, cfg.size, views=0, skip=cfg.skip_bad_files), [], []
-    batches = [[(0, i) for i in part.tolist()] for part in mine.split(256)]
-    for crops, parameters, index, used in start(loader(views, batches, cfg)):
-        note_bad_files(pictures, index, used)
+    parts = [[(0, i) for i in part.tolist()] for part in mine.split(256)]
+    for crops, parameters, index, used in loader(views, parts, cfg, workers=0 if len(parts) <= 16 else None):
         with autocast(cfg):
-            x = augment(crops[:, 0].to(cfg.device), parameters[:, 0].to(cfg.device), colour=False)
+            x = augment(crops[:, 0].to(cfg.device), parameters[:, 0].to(cfg.device), color=False)
             rows.append(backbone(x).float())
         kept.append(index == used)
-    rows, kept = gather(torch.cat(rows))[:len(indices)], gather(torch.cat(kept).to(cfg.device))[:len(indices)].cpu()
+    rows, kept = gather(torch.cat(rows))[:len(indices)], gather(torch.cat(kept).to(cfg.device))[:len(indices)]
     if not kept.any():
-        raise UserError(f"none of {len(indices)} pictures could be read, the first: {pictures.name(int(indices[0]))}")
-    return rows[kept.to(rows.device)], kept
+        raise UserError(f"none of {len(indices)} pictures could be read: mend the files")
+    if not rows.isfinite().all():
+        raise UserError("the backbone's features are not finite: its numbers would mean nothing")
+    return rows[kept], kept.cpu()
 
 
-def nearest_neighbours(bank, labels, queries, answers, k=20, temperature=0.07):
-    """k-NN accuracy in percent: cosine, votes weighted by e^{s/0.07} (Wu et al. 2018)."""
-    bank, labels, answers = F.normalize(bank), labels.to(bank.device), answers.to(bank.device)
-    votes, right = int(max(labels.max(), answers.max())) + 1, 0
-    for rows, truth in zip(F.normalize(queries).split(256), answers.split(256), strict=True):
+def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
+    """k-NN by cosine, votes weighted by e^{s/0.07} (Wu et al. 2018) -> (n,) bool: which queries are right."""
+    bank, labels, right = F.normalize(bank), labels.to(bank.device), []
+    for rows, answers in zip(F.normalize(queries).split(256), truth.to(bank.device).split(256)):
         near, index = (rows @ bank.T).topk(min(k, len(bank)))
-        tally = near.new_zeros(len(rows), votes).scatter_add_(1, labels[index], (near / temperature).exp())
-        right += (tally.argmax(1) == truth).sum().item()
-    return 100 * right / len(answers)
+        votes = near.new_zeros(len(rows), int(labels.max()) + 1)
+        votes.scatter_add_(1, labels[index], (near / temperature).exp())
+        right.append(votes.argmax(1) == answers)
+    return torch.cat(right)
 
 
 def place_in_class(targets):
@@ -1620,30 +1018,15 @@ def place_in_class(targets):
 
 
 def labelled_pictures(cfg, train):
-    """Indices of the train pictures whose labels the probe may see: all, a balanced share, or a published list."""
-    classes = int(train.targets.max()) + 1
-    if cfg.label_list:
-        try:
-            wanted, where = read_lines(cfg.label_list), {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"--label-list {cfg.label_list}: cannot be read: {error}", 2) from error
-        for i in range(len(train)):                                             # a picture goes by file or by class/file
-            parts = train.name(i).split(os.sep)
-            for key in (parts[-1], os.sep.join(parts[-2:])):
-                where[key] = i if key not in where else None                    # None: of several pictures
-        odd = [line for line in wanted if where.get(line) is None]
-        if odd:
-            raise UserError(f"--label-list {cfg.label_list}: {len(odd)} of {len(wanted)} names are of no train picture, or "
-                            f"of several (then write class/file), the first: {odd[0]}")
-        return torch.tensor(sorted({where[line] for line in wanted}))
+    """Indices of the train pictures whose labels the probe may see: all, or a class-balanced share."""
     if not cfg.label_fraction:
         return torch.arange(len(train))
-    total = round(cfg.label_fraction * len(train))
+    classes, total = int(train.targets.max()) + 1, round(cfg.label_fraction * len(train))
     if total < classes:
-        raise UserError(f"--label-fraction {cfg.label_fraction}: {total} labels for {classes} classes leaves a class "
-                        "empty; raise it", 2)
+        raise UserError(f"--label-fraction {cfg.label_fraction}: {total} labels for {classes} classes leave a "
+                        f"class empty; give at least {math.ceil(1e6 * classes / len(train)) / 1e6}", 2)
     order = permutation(len(train), "labels")
-    targets = train.targets[order]                                              # in turn, one of each class that has more
+    targets = train.targets[order]                              # in turn, one of each class that has more
     turn = place_in_class(targets) * classes + permutation(classes, "labels")[targets]
     return order[turn.argsort()[:total]].sort().values
 
@@ -1652,105 +1035,545 @@ def digest(state):
     """SHA-256 of tensors."""
     parts = hashlib.sha256()
     for name in sorted(state):
-        parts.update(name.encode() + state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        tensor = state[name].detach().cpu().contiguous().view(-1)
+        parts.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
     return parts.hexdigest()
 
 
-def evaluate(backbone, cfg, train, val):
-    """The linear probe and k-NN on a frozen backbone. Returns what probe.json holds; accuracies in percent.
+def linear_probe(backbone, cfg, train, val):
+    """The linear probe and k-NN on a frozen backbone -> what probe.json holds; accuracies in percent.
 
-    Heads of every rate of RATES are trained together (SGD, batch 256, / 10 at 60 % and 80 %, decay 1e-5: the authors'
-    probe), on cached features of centre crops, or for ImageNet on crops and flips. The best on a tenth of the labelled
-    train pictures, which no head was trained on, is the one that is run on val.
+    Heads of every rate of RATES are trained side by side (SGD, batch 256, a tenth at 60 % and 80 %, decay
+    1e-5: the authors' probe), on cached features of centre crops, or for ImageNet on crops and flips. The
+    head that is best on a tenth of the labelled train pictures, which none was trained on, is run on val.
     """
     started, before = time.time(), digest(backbone.state_dict())
     backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     labelled = labelled_pictures(cfg, train)
     mark = hashlib.sha256(labelled.numpy().tobytes()).hexdigest()[:16]
-    announce(f"probe: {len(labelled)} labelled pictures, sha256 of their indices {mark}")
     labelled = labelled[permutation(len(labelled), cfg.seed, "holdout")]
     targets = train.targets[labelled]
-    held = place_in_class(targets) < (targets.bincount() // 10).clamp_min(1).minimum(targets.bincount() - 1)[targets]
+    of_class = targets.bincount()
+    held = place_in_class(targets) < (of_class // 10).clamp_min(1).minimum(of_class - 1)[targets]
     fit, hold = labelled[~held], labelled[held]
     if not len(hold):
-        announce("warning: no class has two labelled pictures, one to hold out: the probe's rate is chosen on pictures it saw")
+        announce("warning: no class has two labelled pictures, one to hold out: "
+                 "the probe's rate is chosen on pictures it saw")
         hold = fit
-    test_features, kept = extract(backbone, val, torch.arange(len(val)), cfg)
-    test_targets = val.targets[kept].to(cfg.device)
-    bank = fit[:262144]                                                         # of k-NN: what fits into a GPU's memory
-    features, kept = extract(backbone, train, bank, cfg)
-    bank_targets = train.targets[bank[kept]]
-    knn = nearest_neighbours(features, bank_targets, test_features, test_targets)
-    hold_features, kept = extract(backbone, train, hold, cfg)
-    hold_targets = train.targets[hold[kept]].to(cfg.device)
+    x_val, kept = features(backbone, val, torch.arange(len(val)), cfg)
+    y_val = val.targets[kept].to(cfg.device)
+    bank = fit[:262144]                                         # of k-NN: what fits into a GPU's memory
+    x_fit, kept = features(backbone, train, bank, cfg)
+    y_fit = train.targets[bank[kept]].to(cfg.device)
+    x_hold, kept = features(backbone, train, hold, cfg)
+    y_hold = train.targets[hold[kept]].to(cfg.device)
 
-    classes, batch = int(train.targets.max()) + 1, max(1, min(256, len(fit)) // world()) * world()
-    torch.manual_seed(cfg.seed)
-    heads = nn.Linear(features.shape[1], len(RATES) * classes).to(cfg.device)   # a head: `classes` rows, and their rate
-    rates = torch.tensor(RATES, device=cfg.device).repeat_interleave(classes)
-    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, cfg.probe_epochs * share // 10) for share in (6, 8)])
     cached = cfg.data != "imagenet"
-    batches = Batches(torch.arange(len(features)) if cached else fit, min(batch, max(1, len(features) // world()) * world()),
-                      cfg.seed, "probe")
-    views = Views(train, cfg.size, views=1, seed=cfg.seed, colour=False, skip=cfg.skip_bad_files)
-    source = None if cached else loader(views, batches, cfg)
-    for epoch in tqdm(range(cfg.probe_epochs), disable=rank() > 0, desc="probe", leave=False):
-        batches.epoch = epoch
-        for item in batches if cached else start(source):
-            if cached:
-                rows = torch.tensor([i for _, i in item])
-                x, y = features.index_select(0, rows.to(cfg.device)), bank_targets[rows].to(cfg.device)
-            else:
-                with torch.no_grad(), autocast(cfg):
-                    x = backbone(augment(item[0][:, 0].to(cfg.device), item[1][:, 0].to(cfg.device), colour=False)).float()
-                y = train.targets[item[3]].to(cfg.device)
-            optimizer.zero_grad(set_to_none=True)
-            logits = heads(x).view(-1, classes)                                 # (B rates, classes)
-            (len(RATES) * F.cross_entropy(logits, y.repeat_interleave(len(RATES)))).backward()
-            for p in heads.parameters():
-                p.grad = (mean_over_ranks(p.grad) + 1e-5 * p.detach()) * rates.view(-1, *[1] * (p.ndim - 1))
-            optimizer.step()
-        schedule.step()
+    rows = torch.arange(len(x_fit)) if cached else fit
+    size = max(1, min(256, len(rows)) // world()) * world()
+    source = batches(rows, size, cfg.seed, "probe", epochs=cfg.probe_epochs, part=(rank(), world()))
+    views = Views(train, cfg.size, views=1, seed=cfg.seed, color=False, skip=cfg.skip_bad_files)
+    torch.manual_seed(cfg.seed)
+    classes = int(train.targets.max()) + 1
+    heads = nn.ModuleList(nn.Linear(x_fit.shape[1], classes) for _ in RATES).to(cfg.device)
+    optimizer = torch.optim.SGD([dict(params=head.parameters(), lr=rate) for head, rate in zip(heads, RATES)],
+                                momentum=0.9, weight_decay=1e-5)
+    falls = [max(1, cfg.probe_epochs * tenths // 10) for tenths in (6, 8)]
+    total = cfg.probe_epochs * (len(rows) // size)
+    for item in tqdm(source if cached else loader(views, source, cfg), total=total, desc="probe",
+                     disable=process().rank > 0, leave=False):
+        if cached:
+            epoch, index = item[0][0], torch.tensor([i for _, i in item], device=cfg.device)
+            x, y = x_fit.index_select(0, index), y_fit.index_select(0, index)
+        else:
+            crops, parameters, _, used = item
+            with torch.no_grad(), autocast(cfg):
+                x = augment(crops[:, 0].to(cfg.device), parameters[:, 0].to(cfg.device), color=False)
+                x = backbone(x).float()
+            y = train.targets[used].to(cfg.device)
+        optimizer.zero_grad(set_to_none=True)
+        sum(F.cross_entropy(head(x), y) for head in heads).backward()
+        for p in heads.parameters():
+            p.grad = mean_over_ranks(p.grad)
+        for group, rate in zip(optimizer.param_groups, RATES):
+            group["lr"] = rate * 0.1 ** sum(epoch >= fall for fall in falls)
+        optimizer.step()
 
     @torch.no_grad()
-    def top(k, x, y):
-        """Accuracy in percent of each head, the truth among its k largest logits."""
-        near = heads(x).view(len(x), -1, classes).topk(min(k, classes)).indices                # (n, rates, k)
-        return (100 * (near == y[:, None, None]).any(2).double().mean(0)).tolist()
+    def right(head, x, y, k=1):
+        """(n,) bool: is the truth among the k largest logits?"""
+        return torch.cat([(head(part).topk(min(k, classes)).indices == truth[:, None]).any(1)
+                          for part, truth in zip(x.split(4096), y.split(4096))])
 
-    chosen = top(1, hold_features, hold_targets)
-    best = max(range(len(RATES)), key=chosen.__getitem__)
-    result = dict(top1=top(1, test_features, test_targets)[best], top5=top(5, test_features, test_targets)[best], knn=knn)
+    def percent(right):
+        return 100 * right.double().mean().item()
+
+    def bits(right):                                            # which val pictures were right, as hexadecimal
+        return numpy.packbits(right.cpu().numpy()).tobytes().hex()
+
+    holdout = [percent(right(head, x_hold, y_hold)) for head in heads]
+    best = max(range(len(RATES)), key=holdout.__getitem__)
     if best in (0, len(RATES) - 1):
         announce(f"warning: the probe's best rate, {RATES[best]}, is at the edge of its grid {RATES}")
     if digest(backbone.state_dict()) != before:
         raise RuntimeError("the frozen backbone changed during the probe: its accuracy means nothing")
-    return result | dict(rate=RATES[best], holdout=dict(zip(map(str, RATES), chosen, strict=True)), epochs=cfg.probe_epochs,
-                         features="centre crops, cached" if cached else "crops and flips", train=len(fit),
-                         held_out=int(held.sum()), val=len(test_targets), knn_bank=len(bank_targets),
-                         labels_sha256=mark, backbone_sha256=before, seconds=round(time.time() - started, 1))
+    top1, knn = right(heads[best], x_val, y_val), nearest_neighbors(x_fit, y_fit, x_val, y_val)
+    return dict(top1=percent(top1), top5=percent(right(heads[best], x_val, y_val, 5)), knn=percent(knn),
+                rate=RATES[best], holdout=dict(zip(map(str, RATES), holdout)), epochs=cfg.probe_epochs,
+                features="centre crops, cached" if cached else "crops and flips", train=len(y_fit) if cached else len(fit),
+                held_out=int(held.sum()), val=len(y_val), knn_bank=len(y_fit), labels_sha256=mark,
+                backbone_sha256=before, seconds=round(time.time() - started, 1), right=bits(top1), knn_right=bits(knn))
 
 
-def load_backbone(cfg):
-    """The backbone in --probe FILE: plain torchvision keys; fc.* is ignored, any other foreign key refused."""
-    state = read_tensors(cfg.probe, "backbone")
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
-                                                           for k, v in state.items()):
-        raise UserError(f"--probe {cfg.probe}: not a state dict of tensors; give a run's backbone.pt")
-    backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
-    mine, state = backbone.state_dict(), {k: v for k, v in state.items() if not k.startswith("fc.")}
-    for odd, what in (([k for k in state if k not in mine], "holds keys that are not"),
-                      ([k for k in mine if k not in state], "lacks keys"),
-                      ([k for k in mine if k in state and mine[k].shape != state[k].shape], "has other shapes for keys")):
-        if odd:
-            raise UserError(f"--probe {cfg.probe}: {what} of --backbone {cfg.backbone} at --size {cfg.size}: "
-                            f"{', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}")
-    backbone.load_state_dict(state)
-    return backbone
+@torch.no_grad()
+def emergence(model, cfg, train, val, picture=None):
+    """Once an epoch, for every --loss: what H(i) is on one fixed batch, how the features fare on fixed subsets.
+
+    Labels are used for logging alone. Every rank computes the same. picture: path of neighbours.png.
+    """
+    model.eval()
+    fixed = permutation(len(train), "fixed")[:256]
+    views = train_views(train, cfg, "fixed")
+    crops, parameters, _, used = next(iter(loader(views, [[(0, i) for i in fixed.tolist()]], cfg, workers=0)))
+    x1, x2 = (augment(crops[:, v].to(cfg.device), parameters[:, v].to(cfg.device),
+                      blur=cfg.blur > 0, solarize=cfg.solarize > 0) for v in (0, 1))
+    with alone():
+        with autocast(cfg):
+            embeddings = model(x1, x2)
+        a, b = model.method.loss(*(e.float() for e in embeddings))[1][0]
+        eps, local = local_mask(a, b, AdaptiveThreshold(cfg.quantile))                  # (2N, 2N)
+    out = dict(threshold=eps, local=local.sum(1).float().mean())
+    negative = used.repeat(2)[:, None] != used.repeat(2)
+    for labels, name in ((train.targets, ""), (train.coarse, "_coarse")):
+        if labels is not None:
+            same = labels[used].repeat(2)[:, None] == labels[used].repeat(2)
+            out["purity" + name] = same[local.cpu()].double().mean()
+            out["chance" + name] = same[negative].double().mean()
+    z = F.normalize(torch.cat([a, b]))
+    out["std"] = z.std(0).mean() * math.sqrt(z.shape[1])                                # 1: spread out; 0: collapsed
+    bank, query = (permutation(len(split), "subset")[:count] for split, count in ((train, 2048), (val, 512)))
+    x_bank, kept = features(model.method.backbone, train, bank, cfg)
+    singular = torch.linalg.svdvals(x_bank)
+    p = singular / singular.sum() + 1e-7
+    out["rankme"] = (-p * p.log()).sum().exp()                                          # Garrido et al. 2023
+    x_query, seen = features(model.method.backbone, val, query, cfg)
+    right = nearest_neighbors(x_bank, train.targets[bank[kept]], x_query, val.targets[query[seen]])
+    out["knn"] = 100 * right.double().mean()
+    if picture and process().rank == 0:
+        draw_neighbors(picture, Views(train, cfg.size, views=0, skip=cfg.skip_bad_files), used.repeat(2).tolist(),
+                       local.cpu(), (z @ z.T).cpu())
+    model.train()
+    return {key: value.item() for key, value in out.items()}
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+def draw_neighbors(path, views, index, local, cosine, rows=8, columns=8):
+    """A row: an anchor, then the pictures in its H(i), the nearest first; blank where H(i) has no more.
+
+    The anchors are the first of the fixed batch (which is in random order).
+    """
+    grid, zoom = [], max(1, 64 // views.size)
+    for anchor in range(min(rows, len(index))):
+        members = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
+        chosen = list(dict.fromkeys(index[j] for j in [anchor, *members]))[:columns]
+        strip = [(views[0, i][0][0] / 255).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) for i in chosen]
+        strip += [torch.ones_like(strip[0])] * (columns - len(strip))
+        grid += [F.pad(x, [3] * 4, value=float(place > 0)) for place, x in enumerate(strip)]   # the anchor in a frame
+    file = io.BytesIO()
+    torchvision.utils.save_image(torchvision.utils.make_grid(grid, nrow=columns, pad_value=1), file, format="png")
+    write(path, file.getvalue())
+
+
+# --- Pre-training ---------------------------------------------------------------------------------
+
+INTERRUPTED = 75        # the exit status of a run that goes on when the same command is given again
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+def write(path, data):
+    """Atomically: a reader, or a run that resumes, finds the old file or the new one. data: bytes or str."""
+    aside = path + ".tmp"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(aside)
+        with open(aside, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact; "
+                        "make room, then give the same command again") from error
+
+
+def write_tensors(path, tree):
+    file = io.BytesIO()
+    torch.save(tree, file)
+    write(path, file.getvalue())
+
+
+def read_tensors(path):
+    """torch.load that runs no code from the file. UserError: unreadable, or not a file of tensors."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:
+        raise UserError(f"{path}: damaged, or not made of plain tensors ({type(error).__name__})") from error
+
+
+def build_model(cfg):
+    """The wrapped method on the CPU; its weights are a function of the seed."""
+    torch.manual_seed(cfg.seed)
+    backbone, width = build_backbone(cfg.backbone, cfg.size, cfg.norm)
+    kind = METHODS[cfg.method]
+    heads = {name: getattr(cfg, name) for name in (*HEADS, "temperature")
+             if name in inspect.signature(kind).parameters}
+    try:
+        method = kind(backbone, width, norm=group_norm if cfg.norm == "group" else nn.BatchNorm1d, **heads)
+    except RuntimeError as error:
+        raise UserError(f"--method {cfg.method}: its heads cannot be made ({str(error).splitlines()[0]}): lower "
+                        "--hidden, --dim, --predictor or --queue", 2) from error
+    threshold = {"adaptive": AdaptiveThreshold(cfg.quantile), "oracle": None,
+                 "step": StepThreshold(0.9, 0.1, max(1, math.ceil(cfg.epochs / 10))),
+                 "cosine": CosineThreshold(0.9, 0.3, cfg.epochs)}[cfg.threshold]
+    return HEX(method, cfg.loss, alpha=cfg.alpha, temperature=cfg.temperature, threshold=threshold,
+               beta=cfg.beta, tau_plus=cfg.tau_plus, warmup=cfg.hex_warmup)
+
+
+class Log:
+    """metrics.jsonl: a line of JSON an event, in rank 0. keep: the steps that a resumed run has behind it."""
+
+    def __init__(self, path, keep):
+        self.file, end = None, 0
+        if process().rank == 0:
+            self.file = open(path, "a+b")
+            self.file.seek(0)
+            for line in self.file:
+                try:
+                    if json.loads(line)["step"] > keep:
+                        break
+                except ValueError:                              # the last line of a killed run
+                    break
+                end += len(line)
+            self.file.truncate(end)
+
+    def __call__(self, **event):
+        if self.file:
+            self.file.write(json.dumps(event).replace("NaN", "null").encode() + b"\n")
+            self.file.flush()
+
+
+@contextlib.contextmanager
+def signals_counted():
+    """Yields a list of the signals that came; before and after, they do what they did. The second ends at once.
+
+    A thread hears them, since Python's own handlers wait while the main thread is inside a blocking call.
+    """
+    came = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    end, start = os.pipe()
+    os.set_blocking(start, False)
+
+    def listen():
+        while number := os.read(end, 1):
+            came.append(number[0])
+            if len(came) == 2:
+                os._exit(INTERRUPTED)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    former = signal.set_wakeup_fd(start, warn_on_full_buffer=False)
+    before = {each: signal.signal(each, lambda *_: None) for each in SIGNALS}
+    try:
+        yield came
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        signal.set_wakeup_fd(former)
+        os.close(start)
+        thread.join()
+        os.close(end)
+
+
+def in_words(figures):
+    """A line for the terminal: what has emerged."""
+    labels = f", purity {figures['purity']:.2f} (chance {figures['chance']:.2f}), k-NN {figures['knn']:.1f} %" \
+        if "purity" in figures else ""
+    return f"threshold {figures['threshold']:.3f}, mean |H| {figures['local']:.1f}{labels}"
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop. Whatever it did is in the checkpoint."""
+
+
+def pretrain(model, cfg, train, val, out, identity):
+    """Trains, resumes, logs; leaves checkpoint.pt, backbone.pt and pictures in `out`. Returns the backbone."""
+    r, W, _ = process()
+    whole = cfg.accumulate % W == 0             # each rank computes whole losses by itself, or its part of each
+    losses, part = (cfg.accumulate // W, (0, 1)) if whole else (cfg.accumulate, (r, W))
+    per_epoch = len(train) // (cfg.batch_size * cfg.accumulate)                 # steps
+    total, peak = cfg.epochs * per_epoch, cfg.lr * cfg.batch_size * cfg.accumulate / 256
+    model.to(cfg.device, memory_format=torch.channels_last).train()
+    if W > 1 and not whole and cfg.device == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ddp = DistributedDataParallel(model, forward_sync_buffers=False) if W > 1 else model
+    if cfg.compile:
+        model.method.compile()
+    model.method.steps, model.method.losses = total, losses
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = LARS(weights, peak, weight_decay=cfg.weight_decay, eta=cfg.eta, clip=cfg.clip)
+    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
+    statistics = [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+                  for buffer in (module.running_mean, module.running_var)]
+
+    done, checkpoint = 0, os.path.join(out, "checkpoint.pt")
+    if os.path.exists(checkpoint):
+        state = read_tensors(checkpoint)
+        try:
+            if state["identity"] != identity:
+                raise UserError(f"{checkpoint}: is of another experiment or of other data; give another --out")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            done = state["step"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{checkpoint}: not a checkpoint of hex.py ({type(error).__name__}); delete it to start "
+                            "again") from error
+    agree(f"{identity} {done}", cfg, "checkpoints")
+    log = Log(os.path.join(out, "metrics.jsonl"), keep=done or -1)             # step 0 is logged again
+    source = iter(loader(train_views(train, cfg, cfg.seed), batches(
+        torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", epochs=cfg.epochs, group=cfg.accumulate,
+        start=done * cfg.accumulate, part=part, every=(r, W) if whole else (0, 1)), cfg))
+    figures, since, waited = {}, time.perf_counter(), 0.0
+
+    def describe(step):
+        """Logs and prints what has emerged; at the start and at the end also as a picture."""
+        picture = {total: "neighbours.png", 0: "neighbours_early.png"}.get(step)
+        figures.update(emergence(model, cfg, train, val, picture and os.path.join(out, picture)))
+        log(event="epoch", step=step, epoch=step // max(1, per_epoch), **figures)
+        if r == 0:
+            tqdm.write(f"epoch {step // max(1, per_epoch)}/{cfg.epochs}: {in_words(figures)}", file=sys.stderr)
+
+    with signals_counted() as signals, tqdm(total=total, initial=done, disable=r > 0, unit="step") as bar:
+        if done == 0:
+            describe(0)
+        for step in range(done + 1, total + 1):
+            epoch, lr = (step - 1) // per_epoch, learning_rate(step - 1, total, cfg.lr_warmup * per_epoch, peak)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+            history = []                                                        # loss and stats of each loss
+            for k in range(losses):
+                asked = time.perf_counter()
+                crops, parameters, _, used = next(source)                       # (B, 2, 3, S, S), (B, 2, 8)
+                waited += time.perf_counter() - asked
+                torch.manual_seed(rng_of(cfg.seed, "step", step, k, r).getrandbits(63))     # dropout
+                crops, parameters = (x.to(cfg.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+                                     for x in (crops, parameters))              # (2 B, ...), first all of view 1
+                x1, x2 = augment(crops, parameters, blur=cfg.blur > 0, solarize=cfg.solarize > 0).chunk(2)
+                oracle = OracleHierarchy(train.coarse[used].to(cfg.device)) if cfg.threshold == "oracle" else None
+                last = k == losses - 1                                          # DDP averages gradients then
+                with alone(whole), contextlib.nullcontext() if last or W == 1 else ddp.no_sync():
+                    with autocast(cfg):
+                        embeddings = ddp(x1, x2)
+                    loss, stats = model.loss(*embeddings, epoch=epoch, threshold=oracle)
+                    scaler.scale(loss / losses).backward()
+                history.append(dict(loss=loss.detach(), **stats))
+
+            finite = torch.stack([values["loss"] for values in history]).isfinite().all()
+            if cfg.amp != "fp16":                                               # there, the scaler skips the step
+                finite &= nn.utils.get_total_norm([p.grad for p in weights]).isfinite()
+            flags = mean_over_ranks(torch.stack([~finite, torch.full_like(finite, bool(signals))]).float())
+            broken, stop = (flag > 0 for flag in flags.tolist())                # the one host wait of a step
+            if broken or scaler.get_scale() < 1e-9:
+                raise UserError(f"step {step}: the loss or its gradient is not finite; the last checkpoint is intact: "
+                                "lower --lr and give another --out")
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            if scaler.get_scale() >= scale:                                     # a scale that fell: a skipped step
+                model.after_step(step)
+            if W > 1 and statistics:                                            # one model, whatever the rank
+                mean = mean_over_ranks(torch.cat(statistics))
+                torch._foreach_copy_(statistics, list(mean.split([len(each) for each in statistics])))
+
+            if step % cfg.log_every == 0 or step == total:
+                stats = {key: mean_over_ranks(torch.stack([values[key] for values in history]).mean()).item()
+                         for key in history[0]}
+                seconds = time.perf_counter() - since
+                steps = (step - done - 1) % cfg.log_every + 1
+                speed = cfg.batch_size * cfg.accumulate * steps / seconds
+                log(event="step", step=step, epoch=epoch, **stats, lr=lr, images_per_second=speed,
+                    data_wait=waited / seconds)
+                shown = {key: f"{(figures | stats)[key]:.3g}" for key in ("loss", "threshold", "local")}
+                bar.set_postfix(shown | {"img/s": f"{speed:.0f}", "wait": f"{waited / seconds:.0%}"}, refresh=False)
+                since, waited = time.perf_counter(), 0.0
+            bar.update()
+            if step % per_epoch == 0:
+                describe(step)
+                if figures["std"] < 0.1:
+                    announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1): lower --lr")
+            if step % per_epoch == 0 or stop or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+                if r == 0:
+                    write_tensors(checkpoint, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                                   scaler=scaler.state_dict(), step=step, identity=identity))
+            if stop:
+                raise Interrupted
+    return model.method.backbone
+
+
+# --- Config and recipes ---------------------------------------------------------------------------
+
+
+def option(group, default, text, **argument):
+    """A field of Config that is a flag, too. within: the least and the largest value that is accepted."""
+    return field(default=default, metadata=dict(group=group, text=text, within=argument.pop("within", None),
+                                                argument=argument))
+
+
+DATA, IMAGE_FOLDERS = ("shapes", "cifar10", "cifar100", "imagenet", "folder"), ("imagenet", "folder")
+THRESHOLDS = ("adaptive", "step", "cosine", "oracle")
+COUNT, POSITIVE, SHARE, REAL, ABOVE_0 = (0, 2**31 - 1), (1, 2**31 - 1), (0, 1), (0, 1e6), (1e-9, 1e6)
+
+
+@dataclass
+class Config:
+    """The documented command line. None: the recipe decides (RECIPES, below)."""
+    data: str = option("data", "shapes", "what to train on", choices=DATA)
+    root: str = option("data", None, "folder of the data: DIR/{train,val}/<class>/*, or CIFAR's archive",
+                       metavar="DIR")
+    classes: str = option("data", None, "file with the class folders to use, one a line", metavar="FILE")
+    skip_bad_files: bool = option("data", False, "replace an unreadable file by the next, and say so")
+
+    size: int = option("views", None, "side of a view in pixels", within=(8, 4096))
+    crop_min: float = option("views", None, "smallest share of the picture that a crop keeps", within=(1e-3, 1))
+    blur: float = option("views", None, "share of views that are blurred", within=SHARE)
+    grayscale: float = option("views", None, "share of views without color", within=SHARE)
+    solarize: float = option("views", None, "share of views that are solarized", within=SHARE)
+
+    method: str = option("method", "simclr", "the SSL method", choices=tuple(METHODS))
+    loss: str = option("method", "hex", "base: the method's own; or what takes its place or joins it", choices=LOSSES)
+    threshold: str = option("method", "adaptive", "what splits H from G; oracle uses LABELS", choices=THRESHOLDS)
+    temperature: float = option("method", None, "tau", within=(1e-3, 1e6))
+    quantile: float = option("method", 0.99, "q", within=(1e-6, 1 - 1e-6))
+    beta: float = option("method", 1.0, "how much the nearest weigh in Q", within=REAL)
+    tau_plus: float = option("method", 0.1, "assumed share of positives in H", within=(0, 1 - 1e-6))
+    alpha: float = option("method", None, "weight of the loss against the method's own", within=SHARE)
+    hex_warmup: int = option("method", None, "first epochs with the method's own loss", within=COUNT)
+    hidden: int = option("method", None, "hidden width of the projector", within=POSITIVE)
+    dim: int = option("method", None, "dimensions of an embedding", within=POSITIVE)
+    predictor: int = option("method", None, "hidden width of the predictor", within=POSITIVE)
+    queue: int = option("method", None, "embeddings in the queue", within=POSITIVE)
+    ema: float = option("method", None, "momentum of the target at the start", within=SHARE)
+
+    backbone: str = option("training", None, "a torchvision classifier, or resnet10_narrow", metavar="NAME")
+    norm: str = option("training", "batch", "normalization of ResNets and heads", choices=("batch", "group"))
+    epochs: int = option("training", None, "epochs; 0 evaluates a random backbone", within=COUNT)
+    batch_size: int = option("training", None, "images in one loss", within=(2, 2**31 - 1))
+    accumulate: int = option("training", None, "losses in one step (adds no negatives)", within=POSITIVE)
+    lr: float = option("training", None, "base rate; the rate is lr * batch * accumulate / 256", within=ABOVE_0)
+    lr_warmup: int = option("training", None, "epochs of linear warm-up", within=COUNT)
+    weight_decay: float = option("training", None, "L2, not on biases and norms", within=REAL)
+    eta: float = option("training", None, "trust coefficient of LARS", within=ABOVE_0)
+    clip: bool = option("training", None, "LARS only ever lowers a rate (the authors' setting)",
+                        action=argparse.BooleanOptionalAction)
+    amp: str = option("training", None, "autocast", choices=("off", "bf16", "fp16"))
+    seed: int = option("training", 0, "of weights, order and views", within=COUNT)
+
+    probe: str = option("evaluation", None, "evaluate this backbone.pt and do nothing else", metavar="FILE")
+    probe_epochs: int = option("evaluation", 100, "epochs of the linear probe", within=POSITIVE)
+    label_fraction: float = option("evaluation", None, "share of train labels that the probe sees, class-balanced",
+                                   within=(1e-6, 1))
+
+    out: str = option("running", None, "where results go [runs/<data>-<method>-<loss>-s<seed>...]", metavar="DIR")
+    device: str = option("running", None, "cpu or cuda [cuda where there is one]", choices=("cpu", "cuda"))
+    workers: int = option("running", None, "loader processes a rank [by the machine and the data]", within=COUNT)
+    compile: bool = option("running", False, "torch.compile the method")
+    checkpoint_every: int = option("running", None, "steps between checkpoints, beside each epoch's", within=POSITIVE)
+    log_every: int = option("running", 10, "steps between lines of metrics.jsonl", within=POSITIVE)
+
+
+HEADS = ("hidden", "dim", "predictor", "queue", "ema")                          # where a method has them
+NOT_THE_EXPERIMENT = {each.name for each in fields(Config) if each.metadata["group"] in ("evaluation", "running")} \
+    | {"root", "classes", "skip_bad_files"}
+
+# Each recipe: what holds for any method, then where a method differs. Heads that are not named here are those of
+# the method's class. shapes, small: minutes on two cores, chosen by us. Sources of the others: README.
+SMALL = dict(backbone="resnet10_narrow", size=32, batch_size=256, accumulate=1, weight_decay=1e-4, eta=0.02,
+             clip=False, temperature=0.2, amp="off", blur=0.0, solarize=0.0)
+RECIPES = {
+    "imagenet": {
+        "any": dict(backbone="resnet50", size=224, epochs=100, batch_size=256, accumulate=1, lr=0.3,
+                    weight_decay=1e-6, eta=0.02, clip=True, crop_min=0.08, grayscale=0.2, blur=0.5, solarize=0.0,
+                    temperature=0.1, amp="fp16"),
+        "simclr": dict(accumulate=16),
+        "nnclr": dict(weight_decay=1e-5),
+        "mocov3": dict(temperature=1.0, lr=0.6),
+        "byol": dict(lr=0.45),
+        "simsiam": dict(lr=0.05, weight_decay=1e-4)},
+    "cifar": {
+        "any": dict(backbone="resnet18", size=32, epochs=400, batch_size=256, accumulate=1, lr=0.4,
+                    weight_decay=1e-4, eta=0.02, clip=True, crop_min=0.08, grayscale=0.2, blur=0.0, solarize=0.0,
+                    temperature=0.1, amp="fp16"),
+        "nnclr": dict(temperature=0.2, weight_decay=1e-5, queue=65536),
+        "barlow": dict(lr=0.3, hidden=2048, dim=2048),
+        "mocov3": dict(temperature=0.2)},
+    "shapes": {
+        "any": SMALL | dict(epochs=12, lr=0.5, crop_min=0.5, grayscale=1.0, hidden=256, dim=64, predictor=256,
+                            queue=2048),
+        "byol": dict(lr=0.15, ema=0.97)},
+    "small": {
+        "any": SMALL | dict(epochs=15, lr=0.2, crop_min=0.2, grayscale=0.2, hidden=512, dim=128, predictor=512,
+                            queue=4096),
+        "byol": dict(lr=0.15, ema=0.97)},
+}
+RECIPE_OF = {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar", "imagenet": "imagenet", "folder": "imagenet"}
+
+
+def resolve(recipe, method, given):
+    """Every setting of an experiment: what was given, else the recipe's, else the method's."""
+    heads = {name: each.default for name, each in inspect.signature(METHODS[method]).parameters.items()
+             if name in HEADS}
+    settings = RECIPES[recipe]["any"] | RECIPES[recipe].get(method, {})
+    settings = heads | {name: value for name, value in settings.items() if name in heads or name not in HEADS}
+    settings = {"alpha": METHODS[method].alpha} | settings | given
+    epochs = settings["epochs"]
+    settings.setdefault("hex_warmup", round(0.1 * epochs))
+    settings.setdefault("lr_warmup", max(0, min(10, math.ceil(0.1 * epochs), epochs - 1)))
+    return settings
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+Process = namedtuple("Process", "rank ranks local_rank")
+
+
+def process():
+    """This process among those of the run, as torchrun says it; the one place where its variables are read."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) == len(names):
+        return Process(0, 1, 0)
+    if missing:
+        raise UserError(f"{', '.join(sorted(set(names) - set(missing)))} is set, but not {', '.join(missing)}: start "
+                        "with torchrun, which sets all, or unset all", 2)
+    return Process(*(int(os.environ[name]) for name in names[:3]))
+
+
+def clean(text):
+    """One line of a terminal, whatever is in names of files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).strip())[:2000]
+
+
+def announce(text):
+    if process().rank == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1758,254 +1581,247 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, 2)
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def announce(text):
-    if rank() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
 def parse(argv):
-    """-> Config with every recipe filled in, and the set of fields that were given."""
-    parser = Parser("hex.py", description="HEX (WACV 2025). Defaults in brackets; [recipe]: set by --data and --method.",
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+    """-> Config with every recipe filled in, and a dict of what was given."""
+    parser = Parser("hex.py", description="HEX (WACV 2025). Defaults in brackets; [recipe]: set by --recipe.",
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
                     usage="hex.py [options]", allow_abbrev=False)
     groups = {}
     for each in fields(Config):
-        meta = each.metadata
-        if meta["group"] not in groups:
-            groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        argument = dict(meta["argument"])
-        if "choices" in argument:
-            argument["choices"] = argument["choices"] or tuple(METHODS)
-        elif each.type is bool:
+        group, text, within, argument = each.metadata.values()
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        argument = dict(argument)
+        if each.type is bool:
             argument.setdefault("action", "store_true")
-        if "type" in argument:
-            argument["metavar"] = {int: "N", float: "X"}[each.type]
-        default = "recipe" if any(each.name in recipe for recipe in RECIPES.values()) else each.default
-        groups[meta["group"]].add_argument(flag(each.name), default=argparse.SUPPRESS, **argument, help=meta["text"] + (
-            f" [{default}]" if default is not None and default is not False else ""))
+        elif "choices" not in argument and each.type is not str:
+            argument |= dict(type=each.type, metavar={int: "N", float: "X"}[each.type])
+        default = {None: "recipe" if within or each.type is bool else None, False: None}.get(each.default, each.default)
+        groups[group].add_argument(flag(each.name), default=argparse.SUPPRESS, **argument,
+                                   help=text + (f" [{default}]" if default is not None else ""))
     given = vars(parser.parse_args(argv))
-    if "probe" in given and not os.path.isfile(given["probe"]):
-        raise UserError(f"--probe {given['probe']}: there is no such file", 2)
-    inherited, beside = {}, os.path.join(os.path.dirname(given.get("probe", "")), "config.json")
-    if "probe" in given and not os.path.exists(beside):
-        if "backbone" not in given:
-            raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name its --backbone and --data", 2)
-    elif "probe" in given and not {"backbone", "data"} <= given.keys():         # architecture and data from beside the file
-        saved = read_config(beside)
-        inherited = {k: saved[k] for k in ("backbone", "norm", "size") if k not in given and k in saved}
-        if "data" not in given and saved.get("data") in DATA:                   # evaluated on what it was trained on
-            given = {k: saved[k] for k in ("data", "root", "classes") if saved.get(k) is not None} | given
-    cfg = Config(**given)
-    name = "small" if cfg.data == "folder" and (cfg.size or inherited.get("size", 224)) <= 64 else cfg.data
-    recipe = RECIPES[name] | METHOD_RECIPES.get((name, cfg.method), {}) | inherited
-    if cfg.norm == "group" and name in ("shapes", "small"):                     # so slow that rounding stays below 1e-4 over
-        recipe["lr"] = 0.005                                                    # 20 steps: runs to compare 1 and 2 ranks by
-    for name, value in recipe.items():
-        if name not in given:
-            setattr(cfg, name, value)
+    for each in fields(Config):
+        value, within = given.get(each.name), each.metadata["within"]
+        if value == "":
+            raise UserError(f"{flag(each.name)}: is empty; name something, or leave it out", 2)
+        if within and value is not None and not within[0] <= value <= within[1]:
+            raise UserError(f"{flag(each.name)} {value}: must lie in [{within[0]}, {within[1]}]", 2)
+    inherited = inherit(given) if "probe" in given else {}
+    chosen = inherited | given
+    data, method = chosen.get("data", "shapes"), chosen.get("method", "simclr")
+    settings = resolve(RECIPE_OF[data], method, chosen)
+    cfg = Config(**settings)
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cfg.device == "cpu" and "amp" not in given:
         cfg.amp = "off"
-    if cfg.workers is None:                        # on a CPU, pictures in memory are cropped fastest by the run itself
+    if cfg.workers is None:                         # on a CPU, pictures in memory are cropped fastest by the run itself
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cfg.workers = 0 if cfg.device == "cpu" and cfg.data not in IMAGE_FOLDERS else min(12, cores // 2)
-    cfg.blur = (0.5 if cfg.size > 64 else 0.0) if cfg.blur is None else cfg.blur
-    cfg.hex_warmup = round(0.1 * cfg.epochs) if cfg.hex_warmup is None else cfg.hex_warmup
-    cfg.lr_warmup = max(0, min(10, math.ceil(0.1 * cfg.epochs), cfg.epochs - 1)) if cfg.lr_warmup is None else cfg.lr_warmup
-    cfg.alpha = METHODS[cfg.method].alpha if cfg.alpha is None else cfg.alpha
-    for name in ("root", "classes", "probe", "label_list"):
+    for name in ("root", "classes", "probe"):
         if getattr(cfg, name):
             setattr(cfg, name, os.path.abspath(getattr(cfg, name)))
-    check(cfg, set(given))
+    check(cfg, given)
     return cfg, given
 
 
+def inherit(given):
+    """What --probe FILE takes from the config.json beside it: the architecture and, if not given, the data."""
+    beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
+    if not os.path.isfile(given["probe"]):
+        raise UserError(f"--probe {given['probe']}: there is no such file", 2)
+    if {"backbone", "data"} <= given.keys():
+        return {}
+    if not os.path.exists(beside):
+        if "backbone" in given:
+            return {}
+        raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name its --backbone and --data", 2)
+    saved = read_json(beside)["config"]
+    names = ("backbone", "norm", "size") + (() if "data" in given else ("data", "root", "classes"))
+    return {name: saved[name] for name in names if saved.get(name) is not None}
+
+
 def check(cfg, given):
-    """UserError for flags that contradict each other, or that something given makes meaningless."""
-    heads = {"hidden", "dim", "predictor", "queue", "ema"} - set(inspect.signature(METHODS[cfg.method]).parameters)
-    no_temperature = "temperature" not in inspect.signature(METHODS[cfg.method]).parameters
-    threshold, weights = {"threshold", "quantile"}, {"beta", "tau_plus"}
-    evaluation = {"probe", "data", "root", "classes", "size", "backbone", "norm", "amp", "seed", "probe_epochs",
-                  "label_fraction", "label_list", "out", "device", "workers", "skip_bad_files"}
-    ignored = [
-        (cfg.probe is not None, {each.name for each in fields(Config)} - evaluation, "--probe"),
-        (cfg.loss == "base", threshold | weights | {"alpha", "hex_warmup"}, "--loss base"),
-        (cfg.loss == "base" and no_temperature, {"temperature"}, f"--loss base --method {cfg.method}"),
-        (cfg.loss in ("infonce", "dcl"), threshold | weights, f"--loss {cfg.loss}"),
-        (cfg.loss == "released", weights, "--loss released (its local term is a constant)"),
+    """UserError for a flag that has no effect, or flags that contradict each other."""
+    takes = inspect.signature(METHODS[cfg.method]).parameters
+    evaluation = {"probe", "data", "root", "classes", "skip_bad_files", "size", "backbone", "norm", "amp", "seed",
+                  "probe_epochs", "label_fraction", "out", "device", "workers"}
+    no_effect = [                                                   # (if, these flags have none, because of)
+        (cfg.probe, {each.name for each in fields(Config)} - evaluation, "--probe"),
+        (cfg.loss == "base", {"threshold", "quantile", "beta", "tau_plus", "alpha", "hex_warmup"}, "--loss base"),
+        (cfg.loss == "base" and "temperature" not in takes, {"temperature"}, f"--loss base --method {cfg.method}"),
+        (cfg.loss in ("infonce", "dcl"), {"threshold", "quantile", "beta", "tau_plus"}, f"--loss {cfg.loss}"),
+        (cfg.loss == "released", {"beta", "tau_plus"}, "--loss released"),
         (cfg.threshold != "adaptive", {"quantile"}, f"--threshold {cfg.threshold}"),
-        (cfg.threshold == "oracle" and cfg.loss in ("infonce", "dcl", "base"), {"threshold"}, f"--loss {cfg.loss}"),
-        (True, heads, f"--method {cfg.method}"),
+        (True, set(HEADS) - set(takes), f"--method {cfg.method}"),
         (cfg.data == "shapes", {"root"}, "--data shapes"),
-        (cfg.data not in IMAGE_FOLDERS, {"classes", "skip_bad_files", "label_list"}, f"--data {cfg.data}"),
-        (cfg.label_list is not None, {"label_fraction"}, "--label-list"),
-        (cfg.bench is not None, {"out", "checkpoint_every", "log_every", "probe_epochs", "label_fraction", "label_list"},
-         "--bench"),
-    ]
-    for condition, names, by in ignored:
-        if condition and names & given:
-            name = min(names & given)
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: ignored by {by}; leave it out", 2)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    rules = [
-        (cfg.data in IMAGE_FOLDERS and not cfg.root, f"--data {cfg.data}: needs --root DIR with train/ and val/"),
+        (cfg.data not in IMAGE_FOLDERS, {"classes", "skip_bad_files"}, f"--data {cfg.data}")]
+    for condition, names, reason in no_effect:
+        for name in sorted(names & given.keys()) if condition else ():
+            raise UserError(f"{flag(name)} {given[name]}: has no effect with {reason}; leave it out", 2)
+    ranks = process().ranks
+    rules = [                                                       # (broken, what to do)
+        (cfg.data in IMAGE_FOLDERS and not cfg.root, f"--data {cfg.data}: needs --root DIR"),
         (cfg.data in IMAGE_FOLDERS and cfg.root and not os.path.isdir(cfg.root), f"--root {cfg.root}: no such folder"),
-        (cfg.batch_size % ranks, f"--batch-size {cfg.batch_size}: does not divide over {ranks} ranks; give a multiple"),
-        (cfg.micro_batch and (cfg.batch_size % cfg.micro_batch or cfg.micro_batch % ranks), f"--micro-batch "
-         f"{cfg.micro_batch}: must divide --batch-size {cfg.batch_size} and be a multiple of the {ranks} ranks"),
-        (cfg.epochs and cfg.hex_warmup >= cfg.epochs, f"--hex-warmup {cfg.hex_warmup}: as long as --epochs "
-         f"{cfg.epochs}: the loss would never be used; lower it"),
-        (cfg.epochs and cfg.lr_warmup >= cfg.epochs, f"--lr-warmup {cfg.lr_warmup}: as long as --epochs {cfg.epochs}: the "
-         "rate would never fall; lower it"),
+        (cfg.accumulate % ranks and cfg.batch_size % ranks, f"--batch-size {cfg.batch_size}: does not divide over "
+         f"{ranks} ranks; give a multiple of {ranks}"),
+        (cfg.epochs and cfg.hex_warmup >= cfg.epochs, f"--hex-warmup {cfg.hex_warmup}: leaves none of the --epochs "
+         f"{cfg.epochs} to the loss; give less"),
+        (cfg.epochs and cfg.lr_warmup >= cfg.epochs, f"--lr-warmup {cfg.lr_warmup}: leaves none of the --epochs "
+         f"{cfg.epochs} to a falling rate; give less"),
         (cfg.blur and cfg.size < 20, f"--blur {cfg.blur}: at --size {cfg.size} its kernel is one pixel; leave it out"),
         (cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"), f"--threshold oracle: --data {cfg.data} "
-         "has no super-classes; use shapes or cifar100"),
-        (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU is visible; use --device cpu"),
-        (cfg.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]), "--compile: torch.compile needs a C++ "
-         "compiler, and there is no g++ (or $CXX) on the PATH; install one, or leave --compile out"),
-        (cfg.bench and not cfg.epochs, "--bench: --epochs 0 has no step to time"),
-        (cfg.backbone == "pixels" and cfg.epochs and not cfg.probe, "--backbone pixels: nothing to train; add --epochs 0"),
-    ]
+         "has no super-classes; use --data shapes or cifar100"),
+        (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU is visible; use --device cpu"),
+        (cfg.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]),
+         "--compile: needs a C++ compiler, and there is no g++ (or $CXX) on the PATH; leave it out"),
+        (cfg.backbone == "pixels" and cfg.epochs and not cfg.probe, "--backbone pixels: add --epochs 0")]
     for broken, message in rules:
         if broken:
             raise UserError(message, 2)
-    if cfg.threshold == "oracle":
-        announce("note: --threshold oracle takes H(i) from LABELS: a diagnostic, not self-supervised learning")
 
 
-def read_json(path, key, kind):
-    """A JSON file whose `key` is a `kind`. UserError: it is not."""
+def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        if not isinstance(found[key], kind):
-            raise ValueError(f"its {key} is {found[key]!r}")
-        return found
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable {os.path.basename(path)} ({type(error).__name__}: {error}); delete it, or give "
-                        "another --out") from error
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); give another --out") from error
 
 
-def read_config(path):
-    config = read_json(path, "config", dict)["config"]
-    if not isinstance(config.get("backbone"), str) or not isinstance(config.get("size"), int):
-        raise UserError(f"{path}: its config names no backbone and size; delete it, or give another --out")
-    return config
+def load_backbone(cfg):
+    """The backbone in --probe FILE: plain torchvision keys, with or without those of its classifier."""
+    state = read_tensors(cfg.probe)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--probe {cfg.probe}: not a state dict of tensors; give a run's backbone.pt")
+    backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
+    mine = backbone.state_dict()
+    for name in [name for name in state if name.startswith(("fc.", "classifier.", "heads.")) and name not in mine]:
+        del state[name]
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"--probe {cfg.probe}: is not of --backbone {cfg.backbone} at --size {cfg.size}: "
+                        f"{' '.join(str(error).split()[:40])}") from error
+    return backbone
 
 
-def prepare_out(cfg, given, argv):
-    """The run's folder: made, or found to be of the same experiment."""
-    named = {"data", "method", "loss", "seed", "probe"} | NOT_THE_EXPERIMENT
-    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}" if cfg.probe else f"{cfg.method}-{cfg.loss}"
-    further = "".join(f"-{name}_{os.path.basename(str(given[name]).rstrip('/'))}" for name in sorted(set(given) - named))
-    out = cfg.out or os.path.join("runs", re.sub(r"[^\w.+-]", "_", f"{cfg.data}-{about}-s{cfg.seed}{further}"))
-    path = os.path.join(out, "config.json")
-    mine = {key: value for key, value in asdict(cfg).items() if key not in NOT_THE_EXPERIMENT}
-    if os.path.exists(path):
-        saved = read_config(path)
-        odd = [f"{flag(key)} {saved.get(key)} there, {mine[key]} here" for key in mine if saved.get(key) != mine[key]]
-        if odd:
-            raise UserError(f"--out {out}: holds another experiment ({'; '.join(odd)}); give another --out")
-    elif os.path.exists(out) and (not os.path.isdir(out) or set(os.listdir(out)) - {"config.json", "config.json.tmp"}):
-        raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
-    elif rank() == 0:                       # (another rank may see the temporary file of this)
-        try:
-            os.makedirs(out, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made ({error.strerror})") from error
-        versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
-        write(path, json.dumps(dict(config=asdict(cfg), command=["hex.py", *argv], versions=versions, ranks=world(),
-                                    threads=torch.get_num_threads()), indent=1))
-    if world() > 1:
-        dist.barrier()
-    return out
+def fingerprint(*parts):
+    """SHA-256 of what parts say: bytes, or anything that JSON can hold."""
+    whole = hashlib.sha256()
+    for part in parts:
+        part = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        whole.update(len(part).to_bytes(8) + part)
+    return whole.hexdigest()
+
+
+def agree(text, cfg, what):
+    """UserError unless all ranks hold the same text."""
+    if process().ranks > 1:
+        mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(cfg.device)
+        if (gather(mine[None]) != mine).any():
+            raise UserError(f"the ranks see different {what}: every rank must see the same --root and --out")
 
 
 @contextlib.contextmanager
-def process_group(cfg):
-    """Under torchrun, one process a device: NCCL for CUDA, gloo for the CPU."""
-    own = "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized()
-    if own:
-        if cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[cfg.device])
+def open_run(cfg, given, argv, identity):
+    """The run's folder: made, or found to be of the same experiment and data, and locked. Yields its path."""
+    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}" if cfg.probe else f"{cfg.method}-{cfg.loss}"
+    plain = resolve(RECIPE_OF[cfg.data], cfg.method, {})
+    mine = {name: value for name, value in asdict(cfg).items() if name not in NOT_THE_EXPERIMENT}
+    further = "".join(f"-{name}_{mine[name]}" for name in sorted(given.keys() & mine.keys())
+                      if name not in ("data", "method", "loss", "seed") and mine[name] != plain.get(name))
+    name = re.sub(r"[^\w.+-]", "_", f"{cfg.data}-{about}-s{cfg.seed}{further}")
+    out = cfg.out or os.path.join("runs", name if len(name) < 200 else name[:180] + fingerprint(name)[:16])
+    path, code = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read())
+    if os.path.exists(path):
+        saved = read_json(path)
+        differing = [f"{flag(key)} {saved['config'].get(key)} there, {mine[key]} here" for key in mine
+                     if saved["config"].get(key) != mine[key]]
+        if saved["identity"] != identity:
+            raise UserError(f"--out {out}: holds another experiment ({'; '.join(differing) or 'other data'}); give another "
+                            "--out")
+        if saved["code"] != code:
+            announce(f"warning: hex.py has changed since {out} was begun")
+    elif os.path.exists(out) and (not os.path.isdir(out) or set(os.listdir(out)) - {"config.json.tmp", "lock"}):
+        raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
+    if process().rank == 0:
+        try:
+            os.makedirs(out, exist_ok=True)
+            lock = open(os.path.join(out, "lock"), "a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # its owner's death releases it
+        except BlockingIOError as error:
+            raise UserError(f"--out {out}: another run is at work there; wait for it, or give another --out") from error
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made ({error.strerror}); give another --out") from error
+        if not os.path.exists(path):
+            versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
+            write(path, json.dumps(dict(config=asdict(cfg), identity=identity, code=code, command=["hex.py", *argv],
+                                        versions=versions, ranks=world(), threads=torch.get_num_threads()), indent=1))
+    if process().ranks > 1:
+        dist.barrier()
     try:
-        yield
+        yield out
     finally:
-        if own:
-            dist.destroy_process_group()
+        if process().rank == 0:
+            lock.close()
 
 
 def run(cfg, given, argv):
     torch.backends.cudnn.benchmark = True                                       # the sizes of a run are fixed
-    if cfg.bench:
-        return bench(cfg, load_data(cfg)[0])
     # Whatever is wrong with the command shows before the run's folder is made.
     backbone = load_backbone(cfg) if cfg.probe else None
     train, val = load_data(cfg)
     labelled_pictures(cfg, train)
-    trainer = None if cfg.probe else Trainer(cfg, train)
-    out = prepare_out(cfg, given, argv)
-    results = os.path.join(out, "probe.json")
-    if not os.path.exists(results):
-        announce(f"{out}: {len(train)} train and {len(val)} val pictures"
-                 + ("" if cfg.probe else f"; {cfg.batch_size} images give {2 * cfg.batch_size - 2} negatives an anchor"))
-        if trainer:
-            try:
-                model = pretrain(trainer, val, out)
-            except (RuntimeError, EOFError, OSError):
-                if trainer.asked:                  # the signal went to the loader processes as well, or to another rank
-                    raise Interrupted from None
-                raise
-            backbone = model.method.backbone
-            emergence(model, cfg, train, val, os.path.join(out, "neighbours.png"))
-        result = evaluate(backbone, cfg, train, val)
-        list_bad_files(out, train, val)
-        if rank() == 0:
-            write(results, json.dumps(result, indent=1))
-    if world() > 1:
-        dist.barrier()
-    if rank() == 0:
-        result = read_json(results, "top1", float)
-        print(f"{out}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, k-NN {result['knn']:.2f} %")
-
-
-def interrupt(*_):
-    raise Interrupted
+    model = None if cfg.probe else build_model(cfg)
+    least = cfg.batch_size * cfg.accumulate
+    if model and cfg.epochs and len(train) < least:
+        raise UserError(f"--batch-size {cfg.batch_size} --accumulate {cfg.accumulate}: more than the {len(train)} train "
+                        "pictures; lower them", 2)
+    data = fingerprint(train.identity(), val.identity())
+    settings = {name: value for name, value in asdict(cfg).items() if name not in NOT_THE_EXPERIMENT}
+    identity = fingerprint(settings, data)
+    agree(identity, cfg, "data or options")
+    with open_run(cfg, given, argv, identity) as out:
+        results = os.path.join(out, "probe.json")
+        if model:
+            backbone = pretrain(model, cfg, train, val, out, identity)
+            if process().rank == 0:
+                write_tensors(os.path.join(out, "backbone.pt"), backbone.state_dict())
+        if not os.path.exists(results):
+            result = linear_probe(backbone, cfg, train, val)
+            if process().rank == 0:
+                write(results, json.dumps(result, indent=1))
+        if process().ranks > 1:
+            dist.barrier()
+        if process().rank == 0:
+            result = read_json(results)
+            print(f"{out}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, k-NN {result['knn']:.2f} %")
 
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
-    argv, first = sys.argv[1:] if argv is None else list(argv), os.environ.get("RANK", "0") == "0"
+    argv = sys.argv[1:] if argv is None else list(argv)
+    own = False
     try:
-        with handled(interrupt):                   # pre-training has a gentler handler of its own
-            cfg, given = parse(argv)
-            with process_group(cfg):
-                run(cfg, given, argv)
-        return 0
+        cfg, given = parse(argv)
+        own = process().ranks > 1 and not dist.is_initialized()
+        if own:
+            if cfg.device == "cuda":
+                torch.cuda.set_device(process().local_rank)
+            dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[cfg.device])
+        run(cfg, given, argv)
+        status = 0
     except UserError as error:
-        text = str(error).strip()
-        if "in DataLoader worker process" in text:                              # its text comes at the end of a traceback
-            text = text.splitlines()[-1].partition("UserError: ")[2]
-        if first or error.status != 2:             # every rank sees that the command is wrong: one line is enough
-            print(f"hex.py: error: {text}", file=sys.stderr, flush=True)
-        return error.status
-    except OSError as error:
-        print(f"hex.py: error: {error}: mend that, and run the same command again", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
-            raise
-        print("hex.py: another rank has ended: see what it says", file=sys.stderr, flush=True)
-        return 1
+        print(f"hex.py: error: {clean(error)}", file=sys.stderr, flush=True)
+        status = error.status
     except Interrupted:
-        if first:
-            print("hex.py: interrupted, run the same command again", file=sys.stderr, flush=True)
-        return INTERRUPTED
+        print("hex.py: interrupted, run the same command again", file=sys.stderr, flush=True)
+        status = INTERRUPTED
+    if own:
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
