@@ -40,112 +40,107 @@ pre-training, config and recipes, command line.
 """
 import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed import _functional_collectives as collectives
 
 # --- The HEX loss ---------------------------------------------------------------------------------
-
 
 def weighted_nce(cosine, s_p, weight, log_c, tau):
     """The formula: l_i of each anchor, (n,). cosine, weight: s and m, (n, columns); s_p, log_c: (n,)."""
     e = cosine / tau
-    with torch.no_grad():                                       # e^{1/tau} overflows: take each row's largest out
+    with torch.no_grad():                                      # e^{1/tau} overflows: the largest is taken out
         e.masked_fill_(weight == 0, -math.inf)
         top = torch.maximum(e.amax(1), log_c)
     e = e.sub_(top[:, None]).exp_()
     total = torch.linalg.vecdot(weight, e) + (log_c - top).exp()
     return top + total.log() - s_p / tau
 
-
 def info_nce(a, b, temperature=0.1):
-    """InfoNCE (NT-Xent, Chen et al. 2020). a, b: (N / ranks, D) on each rank that shares the loss, row-aligned,
-    of any scale. Returns this rank's mean, a scalar. ValueError: as hex_nce."""
+    """InfoNCE (NT-Xent, Chen et al. 2020). a, b: (N / ranks, D) on each rank that shares the loss, row-
+    aligned, of any scale. Returns this rank's mean, a scalar. ValueError: as hex_nce."""
     cosine, s_p, p, negative = similarities(a, b, temperature)
     weight = negative.to(cosine).scatter_(1, p[:, None], 1)
     return weighted_nce(cosine, s_p, weight, s_p.new_full((), -math.inf), temperature).mean()
-
 
 def dcl(a, b, temperature=0.1):
     """Decoupled contrastive loss (Yeh et al. 2022): InfoNCE without the positive in the denominator."""
     cosine, s_p, _, negative = similarities(a, b, temperature)
     return weighted_nce(cosine, s_p, negative.to(cosine), s_p.new_full((), -math.inf), temperature).mean()
 
-
-def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, decoupled=False, released=False, epoch=0):
-    """The HEX loss. a, b: (N / ranks, D), row-aligned, any scale. threshold: AdaptiveThreshold(0.99) if None, another
-    of these, or a number: H is above that cosine. decoupled: no positive in the denominator. released: what the
-    authors' public code computes. beta >= 0, tau_plus in [0, 1).
+def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, decoupled=False, released=False,
+            epoch=0):
+    """The HEX loss. a, b: (N / ranks, D), row-aligned, any scale. threshold: AdaptiveThreshold(0.99) if None;
+    another of these; or a number, H is above that cosine. decoupled: no positive in the denominator.
+    released: what the authors' public code computes. beta >= 0, tau_plus in [0, 1).
 
     Returns this rank's mean loss (float32 or better) and detached scalars over the ranks: threshold, local
     (mean |H|), empty (share of anchors with none), clamped (share of the others at the floor). ValueError:
-    temperature <= 0, beta or tau_plus out of range, shapes that differ, N < 2, a threshold that is no function.
-    """
-    if not beta >= 0 or not 0 <= tau_plus < 1:
-        raise ValueError(f"beta = {beta} must be at least 0, and tau_plus = {tau_plus} in [0, 1)")
+    temperature <= 0, beta or tau_plus out of range, shapes that differ, N < 2, threshold is no function."""
+    require(beta >= 0, f"beta = {beta} must be at least 0")
+    require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
     tau = temperature
     cosine, s_p, p, negative = similarities(a, b, tau)
     with torch.no_grad():
-        eps, above = split(cosine, negative | released, threshold, epoch)       # released: itself and p count, too
-        local = above & negative                                                # H(i)
-        rest = negative & ~local                                                # G(i)
-        size = local.sum(1, dtype=torch.int32).to(cosine)                       # |H(i)|
+        eps, above = split(cosine, negative | released, threshold, epoch)   # released: itself and p, too
+        local = above & negative                                            # H(i)
+        rest = negative & ~local                                            # G(i)
+        size = local.sum(1, dtype=torch.int32).to(cosine)                   # |H(i)|
     if released:
-        weight, clamped = rest.to(cosine), size > 0                             # their local term is a constant ...
+        weight, clamped = rest.to(cosine), size > 0                         # its local term is a constant
         log_c = torch.where(rest.any(1), -math.inf, 0.0).to(cosine)
-        outside = (cosine.shape[1] - 2) * (s_p.new_full((), -1.0) / tau).exp()  # ... outside the logarithm
+        outside = (cosine.shape[1] - 2) * (s_p.new_full((), -1.0) / tau).exp()      # outside the logarithm
     else:
         with torch.no_grad():
             lowest = torch.finfo(cosine.dtype).min
-            q = (cosine * (beta / tau)).masked_fill_(~local, lowest).softmax(1)             # Q_ij / |H(i)|
+            q = (cosine * (beta / tau)).masked_fill_(~local, lowest).softmax(1)     # Q_ij / |H(i)|
             e = cosine.masked_fill(~local, lowest)
             top = torch.maximum(e.amax(1), s_p)
-            e = e.sub_(top[:, None]).div_(tau).exp_()                           # e^{(s - top)/tau} in H(i), else 0
+            e = e.sub_(top[:, None]).div_(tau).exp_()                      # e^{(s - top)/tau} in H(i), else 0
             L = torch.linalg.vecdot(q, e) - tau_plus * ((s_p - top) / tau).exp()
-            clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)          # at the floor
+            clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
             free = torch.where(clamped, 0, size / (1 - tau_plus))
-            weight = q.mul_(free[:, None]).masked_fill_(rest, 1)                # m in H(i), in G(i)
+            weight = q.mul_(free[:, None]).masked_fill_(rest, 1)            # m in H(i), in G(i)
             weight.scatter_(1, p[:, None], (1 - decoupled - tau_plus * free)[:, None])      # and at p
         log_c, outside = torch.where(clamped, size.log() - 1 / tau, -math.inf), 0
     loss = (weighted_nce(cosine, s_p, weight, log_c, tau) + outside).mean()
     share = mean_over_ranks(torch.stack([x.to(cosine).mean() for x in (size, size == 0, clamped)]))
-    return loss, dict(threshold=eps, local=share[0], empty=share[1], clamped=share[2] / (1 - share[1]).clamp_min(1e-9))
-
+    clamped = share[2] / (1 - share[1]).clamp_min(1e-9)
+    return loss, dict(threshold=eps, local=share[0], empty=share[1], clamped=clamped)
 
 def similarities(a, b, temperature):
-    """Cosine of this rank's 2N / ranks anchors with all 2N embeddings (columns: every rank's a, every rank's b), in
-    [-1, 1]; s_ip and p(i), (2N / ranks,); the mask of Neg(i), of the cosine's shape. ValueError: as hex_nce."""
-    if a.ndim != 2 or a.shape != b.shape:
-        raise ValueError(f"a and b must be row-aligned (N, D) tensors, not {tuple(a.shape)} and {tuple(b.shape)}")
+    """Cosine of this rank's 2N / ranks anchors with all 2N embeddings (columns: every rank's a, every rank's
+    b), in [-1, 1]; s_ip and p(i), (2N / ranks,); the mask of Neg(i), of the cosine's shape."""
     r, W = ranks()
-    if len(a) * W < 2:
-        raise ValueError("a contrastive loss needs at least 2 images: N = 1 leaves an anchor without negatives")
-    if not temperature > 0:
-        raise ValueError(f"temperature = {temperature} must be above 0")
+    shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+    require(a.ndim == 2 and a.shape == b.shape, f"a and b must be row-aligned (N, D), not {shapes}")
+    require(len(a) * W > 1, "N = 1: a contrastive loss needs 2 images, or an anchor has no negatives")
+    require(temperature > 0, f"temperature = {temperature} must be above 0")
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        length = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b))
-        a, b = (x / torch.where(long > 1e-12, long, 1) for x, long in zip((a, b), length))  # 0 stays: finite gradient
+        length = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b)]
+        a, b = (x / torch.where(n > 1e-12, n, 1) for x, n in zip((a, b), length))   # a row of zeros stays
         cosine = torch.cat([a, b]) @ torch.cat([gather(a), gather(b)]).T
         s_p = (a * b).sum(1).repeat(2)
     column = torch.arange(cosine.shape[1], device=a.device)
-    i = column[r * len(a):(r + 1) * len(a)]                                     # of this rank's a; of its b: N further
+    i = column[r * len(a):(r + 1) * len(a)]                     # of this rank's a; those of its b: N further
     i, p = torch.cat([i, i + len(column) // 2]), torch.cat([i + len(column) // 2, i])
     return cosine, s_p, p, (i[:, None] != column) & (p[:, None] != column)
 
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 def split(cosine, negative, threshold, epoch):
-    """-> eps and the mask of what lies above it. negative: the entries that an adaptive threshold looks at."""
+    """-> eps and the mask of what lies above it. negative: the entries that an adaptive threshold sees."""
     threshold = AdaptiveThreshold() if threshold is None else threshold
     if isinstance(threshold, (int, float)):
         return cosine.new_full((), threshold), cosine > threshold
-    if not callable(threshold):
-        raise ValueError(f"threshold = {threshold!r} is neither a number nor a function such as AdaptiveThreshold(0.99)")
+    require(callable(threshold), f"threshold = {threshold!r} is neither a number nor a function")
     return threshold(cosine, negative, epoch)
-
 
 @torch.no_grad()
 def local_mask(a, b, threshold=None, epoch=0):
@@ -154,80 +149,66 @@ def local_mask(a, b, threshold=None, epoch=0):
     eps, above = split(cosine, negative, threshold, epoch)
     return eps, above & negative
 
-
 @torch.no_grad()
 def adaptive_threshold(cosine, quantile=0.99, entries=None):
-    """eps: the mean over rows of each row's quantile: of its k entries in order, the one at round(quantile (k - 1)).
+    """eps: the mean over rows of each row's quantile: of its k entries in order, the one at round(q (k - 1)).
 
-    cosine: (rows, columns); -inf entries are left out. entries: (rows,) each k, if known (a GPU need not wait then).
-    Returns a scalar. ValueError: quantile outside (0, 1); a row of nothing but -inf.
-    """
-    AdaptiveThreshold(quantile)
+    cosine: (rows, columns); -inf entries are left out. entries: (rows,) each k, if known (a GPU need not wait
+    then). Returns a scalar. ValueError: quantile outside (0, 1); a row of nothing but -inf."""
+    require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
     if entries is None:
         entries = (cosine != -math.inf).sum(1)
-        if (entries == 0).any():
-            raise ValueError("a row holds no entry but -inf: its quantile is not defined")
+        require((entries > 0).all(), "a row holds no entry but -inf: its quantile is not defined")
     cosine = cosine.to(torch.promote_types(cosine.dtype, torch.float32))
     columns, k = cosine.shape[1], entries.double()
-    largest = cosine.topk(columns - round(quantile * (columns - 1)), dim=1).values          # in order
-    from_top = k - 1 - (quantile * (k - 1)).round()                                         # 0: the largest
+    largest = cosine.topk(columns - round(quantile * (columns - 1)), dim=1).values      # in order
+    from_top = k - 1 - (quantile * (k - 1)).round()                                     # 0: the largest
     return largest.gather(1, from_top.long()[:, None]).mean()
-
 
 @dataclass(frozen=True)
 class AdaptiveThreshold:
-    """H: above the adaptive eps, the mean over the anchors of all ranks (paper). ValueError: quantile not in (0, 1)."""
+    """H: above the adaptive eps, the mean over the anchors of all ranks (paper). ValueError: quantile."""
     quantile: float = 0.99
 
     def __post_init__(self):
-        if not 0 < self.quantile < 1:
-            raise ValueError(f"quantile = {self.quantile} must lie between 0 and 1")
+        require(0 < self.quantile < 1, f"quantile = {self.quantile} must lie between 0 and 1")
 
     def __call__(self, cosine, negative, epoch=0):
-        entries = negative.sum(1, dtype=torch.int32)
-        eps = mean_over_ranks(adaptive_threshold(cosine.masked_fill(~negative, -math.inf), self.quantile, entries))
+        seen, entries = cosine.masked_fill(~negative, -math.inf), negative.sum(1, dtype=torch.int32)
+        eps = mean_over_ranks(adaptive_threshold(seen, self.quantile, entries))
         return eps, cosine > eps
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """H: above at(epoch), each row rescaled from its minimum (0) to its maximum, itself (1) (the authors' code)."""
-    at: Callable[[int], float]
-
-    def __call__(self, cosine, negative, epoch=0):
+def schedule(at):
+    """H: above at(epoch), each row rescaled from its minimum (0) to its maximum, itself (1) (their code)."""
+    def threshold(cosine, negative, epoch=0):
         low, high = cosine.aminmax(dim=1, keepdim=True)
-        return cosine.new_full((), self.at(epoch)), (cosine - low) / (high - low) > self.at(epoch)
-
+        return cosine.new_full((), at(epoch)), (cosine - low) / (high - low) > at(epoch)
+    return threshold
 
 def StepThreshold(start=0.9, drop=0.1, every=10):
     """`start`, falling by `drop` every `every` epochs, not below 0."""
-    return Schedule(lambda epoch: max(0.0, start - drop * (epoch // every)))
-
+    return schedule(lambda epoch: max(0.0, start - drop * (epoch // every)))
 
 def CosineThreshold(start=0.9, end=0.3, epochs=100):
     """From `start` to `end` over `epochs` by half a cosine."""
-    return Schedule(lambda epoch: end + (start - end) * (1 + math.cos(math.pi * min(epoch / max(1, epochs), 1))) / 2)
-
+    half = math.pi / max(1, epochs)
+    return schedule(lambda epoch: end + (start - end) * (1 + math.cos(half * min(epoch, epochs))) / 2)
 
 @dataclass(frozen=True, eq=False)
 class OracleHierarchy:
-    """H: negatives of the same super-class. A diagnostic that is NOT self-supervised (ours). labels: (N / ranks,)."""
+    """H: negatives of the same super-class. NOT self-supervised: our diagnostic. labels: (N / ranks,)."""
     labels: torch.Tensor
 
     def __call__(self, cosine, negative, epoch=0):
         mine, everyone = self.labels.repeat(2), gather(self.labels).repeat(2)
-        if cosine.shape != (len(mine), len(everyone)):
-            raise ValueError(f"{len(self.labels)} labels for a batch of {len(cosine) // 2} images: one an image")
+        require(cosine.shape == (len(mine), len(everyone)), f"labels: {len(self.labels)}, not one an image")
         return cosine.new_full((), math.nan), mine[:, None] == everyone
-
 
 def ranks():
     """This process's number among the ranks that share a loss, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not ranks.alone else (0, 1)
 
-
 ranks.alone = False
-
 
 @contextlib.contextmanager
 def alone(on=True):
@@ -238,105 +219,64 @@ def alone(on=True):
     finally:
         ranks.alone = before
 
-
-class Gather(torch.autograd.Function):
-    """All ranks' rows; the backward sums over ranks what each of them wants of this rank's rows."""
-
-    @staticmethod
-    def forward(ctx, x):                                                        # (M, ...) -> (ranks M, ...)
-        out = x.new_empty(ranks()[1] * len(x), *x.shape[1:])
-        dist.all_gather_single(out, x.contiguous())
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(ranks()[1])[ranks()[0]]
-
-
 def gather(x):
-    """Rows of all ranks, in rank order, with gradient. x: (M, ...) on each rank; returns (ranks M, ...)."""
-    return Gather.apply(x) if ranks()[1] > 1 else x
-
+    """Rows of all ranks, in rank order, with gradient. x: (M, ...) on each; returns (ranks M, ...)."""
+    if ranks()[1] == 1:
+        return x
+    return collectives.wait_tensor(collectives.all_gather_single(x.contiguous(), 0, dist.group.WORLD))
 
 def mean_over_ranks(x):
     """Mean of a detached tensor over ranks."""
-    x = x.clone()
     if ranks()[1] > 1:
-        dist.all_reduce(x)
-    return x / ranks()[1]
+        dist.all_reduce(x := x / ranks()[1])
+    return x
 
-
-import argparse
-import copy
-import fcntl
-import hashlib
-import inspect
-import io
-import json
-import os
-import random
-import re
-import signal
-import sys
-import threading
-import time
-import traceback
-import warnings
-from dataclasses import asdict, field, fields
+import argparse, copy, fcntl, hashlib, inspect, io, json, os, random, re, signal, sys, threading, time
+import traceback, warnings
 from functools import partial
 
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 # --- SSL methods and the wrapper ------------------------------------------------------------------
 
-
 def mlp(*widths, norm=None, last_norm=None):
     """Linear - norm - ReLU blocks and a last Linear, then last_norm. norm: channels -> module."""
-    layers = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:]), start=2):
-        last = i == len(widths)
-        normalize = last_norm if last else norm
+    layers, norms = [], [norm] * (len(widths) - 2) + [last_norm]
+    for fan_in, fan_out, normalize in zip(widths, widths[1:], norms):
         layers.append(nn.Linear(fan_in, fan_out, bias=normalize is None))
         layers += [normalize(fan_out)] if normalize else []
-        layers += [] if last else [nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
-
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers[:-1])
 
 class Method(nn.Module):
-    """Base of the methods: a projector z, and where a method has them a predictor p and a target t.
+    """Base of the methods: a projector z, and where a method has them a predictor p and a target t. Its
+    loss(*embeddings), in float32, gives the own loss (scalar) and row-aligned pairs [(a, b), ...] for HEX.
 
-    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, which follows backbone and projector; its momentum
-    rises from ema to 1 by a cosine, its BatchNorm statistics are those of its own passes. alpha, scale: weight and
-    factor of HEX beside the method's own loss (alpha 1: HEX takes its place). steps, losses: of the run, and of this
-    rank in a step; the training loop sets them.
-    """
+    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, which follows backbone and projector; its
+    momentum rises from ema to 1 by a cosine, its BatchNorm statistics are of its own passes. alpha, scale:
+    weight and factor of HEX beside the own loss (alpha 1: HEX takes its place). steps, losses: of the run,
+    and of this rank in a step; the training loop sets them."""
     alpha, scale, steps, losses = 0.1, 1.0, None, 1
 
     def __init__(self, backbone, projector, predictor=None, ema=None):
         super().__init__()
         self.backbone, self.projector, self.predictor, self.ema = backbone, projector, predictor, ema
-        self.target = None if ema is None else copy.deepcopy(nn.Sequential(backbone, projector)).requires_grad_(False)
+        online = nn.Sequential(backbone, projector)
+        self.target = None if ema is None else copy.deepcopy(online).requires_grad_(False)
 
     def forward(self, x1, x2):
         """Two views (N, 3, S, S) -> [p1, p2,] z1, z2 [, t1, t2], each (N, dim)."""
-        x = torch.cat([x1, x2])                     # in one pass: one BatchNorm batch, one use of the weights for DDP
+        x = torch.cat([x1, x2])             # in one pass: one BatchNorm batch, one use of the weights for DDP
         z = self.projector(self.backbone(x))
         outputs = [z] if self.predictor is None else [self.predictor(z), z]
         if self.target is not None:
             with torch.no_grad():
                 outputs.append(self.target(x))
         return tuple(half for output in outputs for half in output.chunk(2))
-
-    def loss(self, *embeddings):
-        """float32 embeddings -> own loss (scalar), row-aligned pairs [(a, b), ...] for HEX."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def after_step(self, step):
@@ -346,7 +286,6 @@ class Method(nn.Module):
             momentum = 1 - (1 - self.ema) * (math.cos(math.pi * done) + 1) / 2
             online = nn.Sequential(self.backbone, self.projector)
             torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
-
 
 class SimCLR(Method):
     """Chen et al. 2020. The projector of HEX's authors: 2048-2048-128 without BatchNorm."""
@@ -359,49 +298,45 @@ class SimCLR(Method):
     def loss(self, z1, z2):
         return info_nce(z1, z2, self.temperature), [(z1, z2)]
 
-
 def one_way_nce(a, b, temperature):
     """InfoNCE with the other view's negatives alone: a_i against every b_j. (N / ranks, D) each."""
     logits = F.normalize(a) @ F.normalize(gather(b)).T / temperature                    # (N / ranks, N)
     return F.cross_entropy(logits, ranks()[0] * len(a) + torch.arange(len(a), device=a.device))
 
-
 class NNCLR(Method):
     """Dwibedi et al. 2021: an anchor is its nearest neighbor in a queue of past embeddings."""
     alpha = 1.0
 
-    def __init__(self, backbone, width, *, hidden=2048, dim=256, predictor=4096, queue=98304, norm=nn.BatchNorm1d,
-                 temperature=0.1):
+    def __init__(self, backbone, width, *, hidden=2048, dim=256, predictor=4096, queue=98304,
+                 norm=nn.BatchNorm1d, temperature=0.1):
         super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, last_norm=norm),
                          mlp(dim, predictor, dim, norm=norm))
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim)))
-        self.register_buffer("head", torch.zeros((), dtype=torch.long))                 # where the next ones go
+        self.register_buffer("head", torch.zeros((), dtype=torch.long))                 # where the next go
         self.temperature, self.latest = temperature, []
 
     def nearest(self, z):
         return self.queue.index_select(0, (F.normalize(z.detach()) @ self.queue.T).argmax(1))
 
     def loss(self, p1, p2, z1, z2):
-        if self.training:
-            self.latest = [*self.latest, z1.detach()][-self.losses:]
+        self.latest = [*self.latest, z1.detach()][-self.losses:] if self.training else self.latest
         pairs = [(self.nearest(z1), p2), (self.nearest(z2), p1)]
         return sum(one_way_nce(a, b, self.temperature) for a, b in pairs) / 2, pairs
 
     @torch.no_grad()
     def after_step(self, step):
-        """Pushes the embeddings of the step's losses, on all ranks, so that the queue is the same everywhere."""
-        z = gather(torch.stack(self.latest)).unflatten(0, (-1, len(self.latest)))       # (ranks, losses, B, dim)
+        """Pushes the embeddings of the step's losses, of all ranks: the queue is the same everywhere."""
+        z = gather(torch.stack(self.latest)).unflatten(0, (-1, len(self.latest)))   # (ranks, losses, B, dim)
         z = F.normalize(z.transpose(0, 1).flatten(0, 2)).to(self.queue.dtype)[-len(self.queue):]
-        self.queue.index_copy_(0, (self.head + torch.arange(len(z), device=z.device)) % len(self.queue), z)
+        self.queue[(self.head + torch.arange(len(z), device=z.device)) % len(self.queue)] = z
         self.head.copy_((self.head + len(z)) % len(self.queue))
-
 
 class MoCoV3(Method):
     """Chen et al. 2021. HEX on it is our extension."""
     alpha = 1.0
 
-    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99, norm=nn.BatchNorm1d,
-                 temperature=1.0):
+    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99,
+                 norm=nn.BatchNorm1d, temperature=1.0):
         plain = partial(norm, affine=False)
         super().__init__(backbone, mlp(width, hidden, dim, norm=norm, last_norm=plain),
                          mlp(dim, predictor, dim, norm=norm, last_norm=plain), ema)
@@ -411,91 +346,77 @@ class MoCoV3(Method):
         t, pairs = self.temperature, [(q1, k2), (q2, k1)]
         return sum(2 * t * one_way_nce(q, k, t) for q, k in pairs), pairs
 
-
 class BYOL(Method):
     """Grill et al. 2020. HEX on it, between the online projections, is our extension."""
-
-    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99, norm=nn.BatchNorm1d):
-        super().__init__(backbone, mlp(width, hidden, dim, norm=norm), mlp(dim, predictor, dim, norm=norm), ema)
+    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99,
+                 norm=nn.BatchNorm1d):
+        heads = mlp(width, hidden, dim, norm=norm), mlp(dim, predictor, dim, norm=norm)
+        super().__init__(backbone, *heads, ema)
 
     def loss(self, p1, p2, z1, z2, t1, t2):
-        own = 4 - 2 * F.cosine_similarity(p1, t2).mean() - 2 * F.cosine_similarity(p2, t1).mean()
-        return own, [(z1, z2)]
-
+        return 4 - 2 * sum(F.cosine_similarity(p, t).mean() for p, t in ((p1, t2), (p2, t1))), [(z1, z2)]
 
 class SimSiam(Method):
     """Chen and He 2021. HEX on it, between the projections, is our extension."""
-
     def __init__(self, backbone, width, *, hidden=2048, dim=2048, predictor=512, norm=nn.BatchNorm1d):
         plain = partial(norm, affine=False)
         super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, last_norm=plain),
                          mlp(dim, predictor, dim, norm=norm))
 
     def loss(self, p1, p2, z1, z2):
-        own = -(F.cosine_similarity(p1, z2.detach()).mean() + F.cosine_similarity(p2, z1.detach()).mean()) / 2
-        return own, [(z1, z2)]
-
+        pairs = ((p1, z2.detach()), (p2, z1.detach()))
+        return -sum(F.cosine_similarity(p, z).mean() for p, z in pairs) / 2, [(z1, z2)]
 
 class BarlowTwins(Method):
-    """Zbontar et al. 2021: the cross-correlation of the views, over all ranks, is the identity. Lambda 0.0051; times
-    0.1, as in the file of HEX's authors."""
-
+    """Zbontar et al. 2021: the cross-correlation of the views, over all ranks, is the identity. Off the
+    diagonal times 0.0051; in all times 0.1, as in the file of HEX's authors."""
     def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
         super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm))
 
     def loss(self, z1, z2):
         a, b = (F.batch_norm(gather(z), None, None, training=True) for z in (z1, z2))   # (N, dim)
         c = a.T @ b / len(a)                                                            # (dim, dim)
-        on_diagonal = (c.diagonal() - 1).square().sum()
         off_diagonal = c.square().sum() - c.diagonal().square().sum()
-        return 0.1 * (on_diagonal + 0.0051 * off_diagonal), [(z1, z2)]
+        return 0.1 * ((c.diagonal() - 1).square().sum() + 0.0051 * off_diagonal), [(z1, z2)]
 
-
-class VICReg(Method):
-    """Bardes et al. 2022: invariance, variance, covariance; the last two over all ranks, and summed over the views
-    as in the paper (the official code halves the variance)."""
+class VICReg(BarlowTwins):
+    """Bardes et al. 2022: invariance, variance, covariance; over all ranks, summed over the views as in the
+    paper (the official code halves the variance). Its heads are those of Barlow Twins."""
     scale = 5.0
-
-    def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
-        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm))
 
     def loss(self, z1, z2):
         a, b = gather(z1), gather(z2)                                                   # (N, dim)
         loss = 25 * F.mse_loss(a, b)
         for z in (a, b):
-            c = (z - z.mean(0)).T @ (z - z.mean(0)) / (len(z) - 1)                      # (dim, dim)
             variance = F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+            c = (z - z.mean(0)).T @ (z - z.mean(0)) / (len(z) - 1)                      # (dim, dim)
             loss = loss + 25 * variance + (c.square().sum() - c.diagonal().square().sum()) / len(c)
         return loss, [(z1, z2)]
 
-
-METHODS = dict(simclr=SimCLR, nnclr=NNCLR, mocov3=MoCoV3, byol=BYOL, simsiam=SimSiam, barlow=BarlowTwins, vicreg=VICReg)
+METHODS = {"simclr": SimCLR, "nnclr": NNCLR, "mocov3": MoCoV3, "byol": BYOL, "simsiam": SimSiam,
+           "barlow": BarlowTwins, "vicreg": VICReg}
 LOSSES = ("base", "infonce", "dcl", "hex", "released")
-
 
 class HEX(nn.Module):
     """The wrapper: loss = (1 - alpha) own + alpha scale mean over pairs of F(a, b), F by `loss`.
 
-    method: a Method, or any module with its forward and loss (after_step is optional). alpha, scale: the method's
-    by default, else 0.1 and 1. The first `warmup` epochs have the own loss alone; or, with a warmup_threshold, F with
-    H above that cosine. of_hex: goes to hex_nce. ValueError: an unknown loss; a forward that returns a bare tensor; a
-    loss without pairs.
-    """
-
-    def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1, threshold=None, warmup=0,
-                 warmup_threshold=None, **of_hex):
+    method: a Method, or any module with its forward and loss (after_step is optional). alpha, scale: the
+    method's by default, else 0.1 and 1. The first `warmup` epochs have the own loss alone; or, with a
+    warmup_threshold, F with H above that cosine. of_hex: goes to hex_nce. ValueError: an unknown loss; a
+    forward that returns a bare tensor; a loss without pairs."""
+    def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1, threshold=None,
+                 warmup=0, warmup_threshold=None, **of_hex):
         super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f"loss = {loss!r} is not one of {', '.join(LOSSES)}")
+        require(loss in LOSSES, f"loss = {loss!r} is not one of {', '.join(LOSSES)}")
         self.method, self.name, self.temperature, self.threshold = method, loss, temperature, threshold
         self.warmup, self.warmup_threshold, self.of_hex = warmup, warmup_threshold, of_hex
         self.alpha = getattr(method, "alpha", 0.1) if alpha is None else alpha
         self.scale = getattr(method, "scale", 1.0) if scale is None else scale
+        self.after_step = getattr(method, "after_step", lambda step: None)
 
     def forward(self, x1, x2):
         embeddings = self.method(x1, x2)
-        if isinstance(embeddings, torch.Tensor):
-            raise ValueError("the method's forward returned a bare tensor: return a tuple of embeddings")
+        require(not isinstance(embeddings, torch.Tensor), "forward returned a bare tensor, not a tuple")
         return embeddings
 
     def loss(self, *embeddings, epoch=0, threshold=None):
@@ -504,120 +425,98 @@ class HEX(nn.Module):
             embeddings = [e.to(torch.promote_types(e.dtype, torch.float32)) if e.is_floating_point() else e
                           for e in embeddings]
             own, pairs = self.method.loss(*embeddings)
-            own = torch.as_tensor(own, device=embeddings[0].device)
+            loss = own = torch.as_tensor(own, device=embeddings[0].device)
             stats, early = {"own": own.detach()}, epoch < self.warmup
-            if self.name == "base" or early and self.warmup_threshold is None:
-                loss = own
-            elif not pairs:
-                raise ValueError(f"loss = {self.name!r} needs pairs (a, b): the method's loss gave none")
-            else:
-                own = own.detach() if self.alpha == 1 else own          # frees its graph before the next is made
-                threshold = self.warmup_threshold if early else self.threshold if threshold is None else threshold
-                terms = [self.term(a, b, threshold, epoch) for a, b in pairs]
-                loss = self.alpha * self.scale * sum(value for value, _ in terms) / len(terms)
+            if self.name != "base" and not (early and self.warmup_threshold is None):
+                require(pairs, f"loss = {self.name!r} needs pairs (a, b), and the method's loss gave none")
+                own = own.detach() if self.alpha == 1 else own      # frees its graph before the next is made
+                threshold = self.threshold if threshold is None else threshold
+                threshold = self.warmup_threshold if early else threshold
+                values, each = zip(*(self.term(a, b, threshold, epoch) for a, b in pairs))
+                loss = self.alpha * self.scale * sum(values) / len(pairs)
                 loss = loss if self.alpha == 1 else loss + (1 - self.alpha) * own
-                stats |= {key: sum(more[key] for _, more in terms) / len(terms) for key in terms[0][1]}
+                stats |= {key: sum(more[key] for more in each) / len(pairs) for key in each[0]}
             # Every output takes part, if with weight 0: DDP waits for each parameter's gradient.
             return loss + sum(0 * e.sum() for e in embeddings if e.requires_grad), stats
 
     def term(self, a, b, threshold, epoch):
         """F(a, b) -> scalar, stats."""
-        if self.name in ("infonce", "dcl"):
-            value, stats = {"infonce": info_nce, "dcl": dcl}[self.name](a, b, self.temperature), {}
-        else:
+        value, stats = (info_nce if self.name == "infonce" else dcl)(a, b, self.temperature), {}
+        if self.name in ("hex", "released"):
             value, stats = hex_nce(a, b, self.temperature, threshold=threshold, epoch=epoch,
                                    released=self.name == "released", **self.of_hex)
         return value, stats | {self.name: value.detach()}
 
-    def after_step(self, step):
-        getattr(self.method, "after_step", lambda step: None)(step)
-
-
 class UserError(Exception):
-    """Something the user can mend: one line that says how. status: 1 what the run met, 2 the command."""
+    """What a run met, and the user can mend: one line that says how. status: the exit status."""
+    status = 1
 
-    def __init__(self, message, status=1):
-        super().__init__(message)
-        self.status = status
-
+class CommandError(UserError):
+    """The command line asks for what cannot be."""
+    status = 2
 
 def group_norm(channels, affine=True):
     """GroupNorm, 16 channels a group where they divide: independent of how a batch is split."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, affine=affine)
 
-
-def convnet(norm_layer=nn.BatchNorm2d):
-    """Eight convolutions and a mean: a backbone for a CPU. SiLU has no kinks, which would turn rounding into
-    differences between one and two ranks."""
-    layers, widths = [], [3, 16, 16, 32, 32, 64, 64, 128, 128]
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
-        layers += [nn.Conv2d(fan_in, fan_out, 3, 2 - i % 2, 1, bias=False), norm_layer(fan_out), nn.SiLU()]
-        nn.init.xavier_normal_(layers[-3].weight, gain=1.7)     # SiLU's: random features keep their size
+def resnet10_narrow(norm_layer=nn.BatchNorm2d):
+    """ResNet-10 with 16 to 128 channels: a backbone for a CPU. SiLU has no kinks, which would turn rounding
+    into differences between one and two ranks."""
+    layers = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), norm_layer(16), nn.SiLU()]
+    for fan_in, fan_out, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 128, 2)):
+        skip = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), norm_layer(fan_out))
+        block = torchvision.models.resnet.BasicBlock(fan_in, fan_out, stride, skip, norm_layer=norm_layer)
+        block.relu = nn.SiLU()
+        layers.append(block)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1000))
 
-
 def build_backbone(name, size=224, norm="batch"):
-    """A torchvision classifier, or `convnet`, without its last Linear -> (module, number of features).
-
-    ResNets get a 3x3 stem without max-pool for views of 64 pixels or less. UserError: unusable.
-    """
+    """A torchvision classifier, or resnet10_narrow, without its last Linear -> (module, number of features).
+    ResNets get a 3x3 stem without max-pool for views of 64 pixels or less. CommandError: unusable."""
     if name == "pixels":                                        # the raw pixels, to hold a probe against
         return nn.Flatten(), 3 * size * size
-    known = ["convnet", *torchvision.models.list_models(module=torchvision.models)]
+    known = ["resnet10_narrow", *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
-        raise UserError(f"--backbone {name}: unknown; give one of {', '.join(known)}", 2)
-    build = convnet if name == "convnet" else torchvision.models.get_model_builder(name)
-    resnet, kind = build.__module__.endswith("resnet"), {}
-    if norm == "group" and not resnet and build is not convnet:
-        raise UserError(f"--norm group: only ResNets and convnet take it, not {name}; give --norm batch", 2)
-    kind |= dict(norm_layer=group_norm) if norm == "group" else {}
-    kind |= dict(image_size=size) if name.startswith("vit_") else {}
-    kind |= dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
+        fail(f"--backbone {name}: unknown; give one of {', '.join(known)}")
+    build = resnet10_narrow if name == known[0] else torchvision.models.get_model_builder(name)
+    options = dict(norm_layer=group_norm) if norm == "group" else {}
+    options |= dict(image_size=size) if name.startswith("vit_") else {}
+    options |= dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
     try:
-        model = build(**kind)
-        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if not linears:
-            raise ValueError("it has no Linear classifier to remove")
-        width = model.get_submodule(linears[-1]).in_features
-        model.set_submodule(linears[-1], nn.Identity())
-        if resnet and size <= 64:
-            model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)
+        model = build(**options)
+        linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        require(linear, "it has no Linear classifier to remove")
+        width = model.get_submodule(linear[-1]).in_features
+        model.set_submodule(linear[-1], nn.Identity())
+        if isinstance(model, torchvision.models.ResNet) and size <= 64:
+            model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-            model.maxpool = nn.Identity()
         with torch.no_grad():
             shape = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size)).shape
-        if shape != (2, width):
-            raise ValueError(f"it gives features of shape {tuple(shape[1:])}, not {width}")
+        require(shape == (2, width), f"its features have the shape {tuple(shape[1:])}, not {width}")
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--backbone {name}: cannot work at --size {size} ({reason}); give resnet18", 2) from error
+        fail(f"--backbone {name}: cannot do --size {size} --norm {norm} ({reason}); give resnet18")
     return model, width
-
 
 # --- Data and augmentation ------------------------------------------------------------------------
 
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}                 # and for all other data
-CIFAR100_SUPER = [  # super-class of each of CIFAR-100's classes (Krizhevsky 2009)
-    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1,
-    10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12,
-    12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0,
-    17, 8, 14, 13]
-
+            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}             # and for all other data
+# The super-class (Krizhevsky 2009) of each of CIFAR-100's classes, a digit of base 20 each.
+CIFAR100_SUPER = [int(digit, 20) for digit in "41e80677i33e9i7b397b6b5a76df3f0b1aceg9b55j88fdehia"
+                                              "g4h420h4iha32ccgc19j2a01gc9dfdgj246j558ji12f60h8ed"]
 
 def rng_of(*key):
     """A random generator that depends on the key alone."""
     return random.Random(" ".join(map(str, key)))
 
-
 def permutation(count, *key):
     return torch.randperm(count, generator=torch.Generator().manual_seed(rng_of(*key).getrandbits(63)))
 
-
 class Pictures:
     """uint8 pictures (n, 3, H, W) in memory, with fine labels (n,) and coarse ones, or None."""
-
     def __init__(self, pictures, targets, coarse=None):
         self.pictures, self.targets, self.coarse, self.read = pictures, targets, coarse, pictures.__getitem__
 
@@ -628,30 +527,26 @@ class Pictures:
         """What tells these data from others: the bytes."""
         return self.pictures.numpy().tobytes() + self.targets.numpy().tobytes()
 
-
 class Folder:
-    """ROOT/<class>/**: every file is a picture but hidden ones and those in hidden folders (.name).
-
-    only: the classes to use. labelled=False: ROOT/**, targets None. UserError: a folder cannot be read.
-    """
-    coarse = None
-
+    """ROOT/<class>/**: every file is a picture but hidden ones and those in hidden folders (.name). only: the
+    classes to use. labelled=False: ROOT/**, targets None. UserError: a folder cannot be read."""
     def __init__(self, root, labelled=True, only=None):
         def unreadable(error):
-            raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror}); mend that") from error
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that") from error
 
-        self.root, self.files, self.classes, self.targets = root, [], [], None
+        self.root, self.files, self.classes, self.targets, self.coarse = root, [], [], None, None
         for folder, inside, names in os.walk(root, onerror=unreadable, followlinks=True):
             inside[:] = sorted(name for name in inside if name[0] != ".")
-            self.files += [os.path.relpath(os.path.join(folder, name), root) for name in sorted(names) if name[0] != "."]
+            paths = [os.path.join(folder, name) for name in sorted(names) if name[0] != "."]
+            self.files += [os.path.relpath(path, root) for path in paths]
         if labelled:
             class_of = {file: file.split(os.sep)[0] for file in self.files if os.sep in file}
             self.classes = sorted(only or set(class_of.values()))
             label = {name: i for i, name in enumerate(self.classes)}
             self.files = [file for file, name in class_of.items() if name in label]
             self.targets = torch.tensor([label[class_of[file]] for file in self.files], dtype=torch.long)
-            if missing := sorted(set(self.classes) - set(class_of.values())):
-                raise UserError(f"--classes: {root} has no folder {missing[0]} with pictures; take it off the list")
+            for name in set(self.classes) - set(class_of.values()):
+                raise UserError(f"--classes: {root} has no folder {name} with pictures; take it off the list")
 
     def __len__(self):
         return len(self.files)
@@ -664,26 +559,23 @@ class Folder:
             with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
                 data = file.read()
                 if data[:2] == b"\xff\xd8":
-                    return torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
-                                                      mode="RGB", apply_exif_orientation=True)
+                    data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    return torchvision.io.decode_jpeg(data, mode="RGB", apply_exif_orientation=True)
                 picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
                 if picture.mode.startswith("I;16"):
                     return (TF.pil_to_tensor(picture).int() % 65536 // 257).byte().expand(3, -1, -1)
                 return TF.pil_to_tensor(picture.convert("RGB"))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{path}: not a readable picture ({reason}): mend it, or give --skip-bad-files") from None
+            raise UserError(f"{path}: not readable ({reason}): mend it, or give --skip-bad-files") from None
 
     def identity(self):
         """What tells these data from others: the names, wherever ROOT lies."""
         return os.fsencode("\0".join([*self.classes, "", *self.files]))
 
-
 def draw_shapes(count, seed):
-    """The embedded data set: `count` 32x32 pictures of 12 kinds: polygon, star, flower, frame of 3, 4, 6 corners.
-
-    Colors, place, size, angle and background are random: only shape tells. Fine label: kind; coarse: family.
-    """
+    """The embedded data: `count` 32x32 pictures of 12 kinds: polygon, star, flower, frame of 3, 4, 6 corners.
+    Colors, place, size, angle, background are random: only shape tells. Fine label: kind; coarse: family."""
     g = torch.Generator().manual_seed(seed)
     kind = torch.arange(count) % 12
     family, corners = kind // 3, torch.tensor([3.0, 4.0, 6.0])[kind % 3, None, None]
@@ -693,7 +585,8 @@ def draw_shapes(count, seed):
 
     axis = torch.linspace(-1, 1, 64)                                        # drawn at 64 pixels, halved below
     x, y = (axis.view(shape) - uniform(-0.2, 0.2, 1, 1) for shape in ((1, 1, -1), (1, -1, 1)))
-    radius, angle = torch.hypot(x, y) / uniform(0.5, 0.8, 1, 1), torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
+    radius = torch.hypot(x, y) / uniform(0.5, 0.8, 1, 1)
+    angle = torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
     half = math.pi / corners                                                # half the angle of a sector
     phi = (angle % (2 * half) - half).abs()                                 # 0 between corners, `half` at one
     polygon = half.cos() / phi.cos()
@@ -702,33 +595,30 @@ def draw_shapes(count, seed):
     edge = torch.stack([polygon, star, flower, polygon])[family, torch.arange(count)]
     hole = (family == 3)[:, None, None] & (radius < 0.6 * edge)
     inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)    # (count, 1, 32, 32)
-    dark, bright, swap = uniform(0, 0.35, 3, 1, 1), uniform(0.65, 1, 3, 1, 1), uniform(0, 1, 1, 1, 1) < 0.5
-    back, ink = torch.where(swap, dark, bright), torch.where(swap, bright, dark)        # seen without color, too
+    dark, bright = uniform(0, 0.35, 3, 1, 1), uniform(0.65, 1, 3, 1, 1)     # seen without color, too
+    swap = uniform(0, 1, 1, 1, 1) < 0.5
+    back, ink = torch.where(swap, dark, bright), torch.where(swap, bright, dark)
     ramp = uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
-    pictures = torch.lerp(back + ramp, ink, inside).clamp(0, 1)
-    return Pictures((255 * pictures).byte(), kind, family)
-
+    return Pictures((255 * torch.lerp(back + ramp, ink, inside).clamp(0, 1)).byte(), kind, family)
 
 def load_cifar(cfg):
     """CIFAR's train and test split from its archive; the first process of a machine downloads it."""
-    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[cfg.data]
-    root, first, found = cfg.root or "data", process()[2] == 0, []
-    for turn in (True, False):
-        try:
-            splits = [kind(root, train=train, download=first) for train in (True, False)] if turn == first else []
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--data {cfg.data} --root {root}: cannot get it ({error}); put its archive, "
-                            f"{kind.filename}, into {root}") from error
-        for split in splits:
-            targets = torch.tensor(split.targets)
-            coarse = torch.tensor(CIFAR100_SUPER)[targets] if cfg.data == "cifar100" else None
-            found.append(Pictures(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), targets, coarse))
+    kind, root = getattr(torchvision.datasets, cfg.data.upper()), cfg.root or "data"
+    try:
+        if process()[2] == 0:
+            kind(root, download=True)
         wait_for_all()
-    return found
-
+        splits = [kind(root, train=train) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        where = f"put its archive, {kind.filename}, there"
+        raise UserError(f"--data {cfg.data} --root {root}: cannot get it ({error}); {where}") from error
+    for split in splits:
+        targets, pictures = torch.tensor(split.targets), torch.from_numpy(split.data).permute(0, 3, 1, 2)
+        coarse = torch.tensor(CIFAR100_SUPER)[targets] if cfg.data == "cifar100" else None
+        yield Pictures(pictures.contiguous(), targets, coarse)
 
 def load_data(cfg):
-    """-> train, val (None: there is none). Each has len, read(index), targets (n,) or None, coarse, identity()."""
+    """-> train, val or None. Each has len, read(index), targets (n,) or None, coarse, identity()."""
     if cfg.data == "shapes":
         return draw_shapes(4096, 0), draw_shapes(1024, 1)
     if cfg.data in ("cifar10", "cifar100"):
@@ -737,53 +627,46 @@ def load_data(cfg):
     if cfg.data == "folder" and not os.path.isdir(folders[0]) and not cfg.classes:
         train, val = Folder(cfg.root, labelled=False), None
     else:
-        try:
-            only = cfg.classes and set(open(cfg.classes, encoding="utf-8-sig").read().split("\n")) - {""}
-        except (OSError, ValueError) as error:
-            raise UserError(f"--classes {cfg.classes}: cannot be read ({error}); give a text file", 2) from error
+        lines = cfg.classes and read(cfg.classes, lambda file: file.read().decode("utf-8-sig"), "give a text")
+        only = set(lines.split("\n")) - {""} if lines else None
         train, val = (Folder(folder, only=only) if cfg.data == "imagenet" or os.path.isdir(folder) else None
                       for folder in folders)
         differing = sorted(set(train.classes) ^ set(val.classes)) if val else []
         if differing or not train.classes:
-            raise UserError(f"--root {cfg.root}: train/ and val/ must hold the same class folders, with pictures (a flat "
-                            f"val/ is sorted by valprep.sh); not so: {', '.join(differing[:5]) or 'there are none'}")
+            raise UserError(f"--root {cfg.root}: train/ and val/ must hold the same class folders with pictures "
+                            f"(valprep.sh sorts a flat val/); not so: {', '.join(differing[:5]) or 'all'}")
     if len(train) < 2:
         raise UserError(f"--root {cfg.root}: {len(train)} pictures are too few to train on; add some")
     return train, val
 
-
 def random_crop(rng, height, width, smallest):
     """Inception's crop -> top, left, height, width: share in [smallest, 1], ratio in [3/4, 4/3], 10 tries."""
     for _ in range(10):
-        area, ratio = height * width * rng.uniform(smallest, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = height * width * rng.uniform(smallest, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
     h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
     return (height - h) // 2, (width - w) // 2, h, w
 
-
 class Views(torch.utils.data.Dataset):
     """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8), index, index that was read.
 
-    A pure function of (seed, epoch, index, view): worker, rank, batch size and resume do not enter. The device applies
-    the parameters (`augment`). views=0: one centre crop. color=False: no jitter, no grayscale. cfg.skip_bad_files: an
-    unreadable picture is replaced by the next that can be read, with a line on stderr.
-    """
-
+    A pure function of (seed, epoch, index, view): worker, rank, batch size, resume do not enter. The device
+    applies the parameters (`augment`). views=0: one centre crop. color=False: no jitter, no grayscale.
+    cfg.skip_bad_files: an unreadable picture is replaced by the next readable one, with a line on stderr."""
     def __init__(self, pictures, cfg, *, views=2, seed=None, color=True):
         self.pictures, self.cfg, self.views, self.color = pictures, cfg, views, color
         self.seed = cfg.seed if seed is None else seed
 
-    def __len__(self):
-        return len(self.pictures)
-
     def read(self, index):
-        for used in [*range(index, len(self)), *range(index)] if self.cfg.skip_bad_files else [index]:
+        skip = self.cfg.skip_bad_files
+        for used in [*range(index, len(self.pictures)), *range(index)] if skip else [index]:
             try:
                 return self.pictures.read(used), used
             except UserError as error:
-                if not self.cfg.skip_bad_files:
+                if not skip:
                     raise
                 print(f"hex.py: skipped {clean(error)}", file=sys.stderr, flush=True)
         raise UserError("no file of the data can be read: give another --root")
@@ -799,23 +682,17 @@ class Views(torch.utils.data.Dataset):
 
     def centre(self, picture):
         """The usual test crop, 224 of 256, cut out before it is resized; small pictures whole."""
-        side = min(picture.shape[1:]) if self.cfg.size <= 64 else max(1, round(min(picture.shape[1:]) * 224 / 256))
+        side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
         return self.resize(TF.center_crop(picture, [side, side])), [0, 1, 1, 1, 0, 0, 0, 0]
 
     def view(self, picture, rng, number):
-        cfg = self.cfg
-        crop = self.resize(TF.crop(picture, *random_crop(rng, *picture.shape[1:], cfg.crop_min)))
+        cfg, box = self.cfg, random_crop(rng, *picture.shape[1:], self.cfg.crop_min)
         flip, jitter, gray, blur, solarize = (rng.random() for _ in range(5))
         sigma, on = rng.uniform(0.1, 2.0), self.color and jitter < 0.8
-        brightness, contrast, saturation, hue = (on * rng.uniform(-strength, strength) for strength in cfg.jitter)
-        return crop, [flip < 0.5, 1 + brightness, 1 + contrast, 1 + saturation, hue, self.color and gray < cfg.grayscale,
-                      sigma * (blur < cfg.blur[number]), solarize < cfg.solarize[number]]
-
-
-def luminance(x):
-    """(B, 3, H, W) -> (B, 1, H, W)."""
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-
+        brightness, contrast, saturation, hue = (on * rng.uniform(-most, most) for most in cfg.jitter)
+        gray, sigma = self.color and gray < cfg.grayscale, sigma * (blur < cfg.blur[number])
+        return self.resize(TF.crop(picture, *box)), [flip < 0.5, 1 + brightness, 1 + contrast, 1 + saturation,
+                                                     hue, gray, sigma, solarize < cfg.solarize[number]]
 
 def shift_hue(x, shift):
     """x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns of the color circle."""
@@ -826,29 +703,26 @@ def shift_hue(x, shift):
     k = (torch.stack([5 + sixth, 3 + sixth, 1 + sixth], 1) + 6 * shift[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
-
 def gaussian_blur(x, sigma, kernel=13):
-    """Each picture of x (B, C, H, W) with its own sigma (B,), at most 2, 0 for none; reflected at the border."""
+    """Each picture of x (B, C, H, W) by its own sigma (B,), at most 2, 0 for none, reflected at the edge."""
     B, C, H, W = x.shape
     offset = torch.arange(kernel, device=x.device) - kernel // 2
-    weight = (-(offset / sigma.clamp_min(1e-4)[:, None]).square() / 2).softmax(1).repeat_interleave(C, 0)   # (B C, k)
+    weight = (-(offset / sigma.clamp_min(1e-4)[:, None]).square() / 2).softmax(1).repeat_interleave(C, 0)
     x = F.pad(x.reshape(1, B * C, H, W), [kernel // 2] * 4, mode="reflect")
-    x = F.conv2d(x, weight[:, None, :, None], groups=B * C)
+    x = F.conv2d(x, weight[:, None, :, None], groups=B * C)                         # weight: (B C, kernel)
     return F.conv2d(x, weight[:, None, None, :], groups=B * C).view(B, C, H, W)
-
 
 @torch.no_grad()
 def augment(crops, parameters, mean_std=MEAN_STD["imagenet"], *, color=True, blur=False, solarize=False):
-    """Crops (B, 3, S, S) uint8 and their parameters (B, 8) -> normalized float views, the whole batch at once."""
+    """Crops (B, 3, S, S) uint8, parameters (B, 8) -> normalized float views, the whole batch at once."""
     flip, brightness, contrast, saturation, hue, gray, sigma, invert = parameters.T[..., None, None, None]
-    x = crops.float() / 255
-    x = torch.where(flip > 0, x.flip(-1), x)
+    x = torch.where(flip > 0, crops.flip(-1), crops).float() / 255
     if color:
         x = (x * brightness).clamp(0, 1)
-        x = torch.lerp(luminance(x).mean((-3, -2, -1), keepdim=True), x, contrast).clamp(0, 1)
-        x = torch.lerp(luminance(x), x, saturation).clamp(0, 1)
+        x = torch.lerp(TF.rgb_to_grayscale(x).mean((-3, -2, -1), keepdim=True), x, contrast).clamp(0, 1)
+        x = torch.lerp(TF.rgb_to_grayscale(x), x, saturation).clamp(0, 1)
         x = shift_hue(x, hue[:, 0])
-        x = torch.where(gray > 0, luminance(x), x)
+        x = torch.where(gray > 0, TF.rgb_to_grayscale(x), x)
     if blur:
         x = gaussian_blur(x, sigma.flatten())
     if solarize:
@@ -856,21 +730,20 @@ def augment(crops, parameters, mean_std=MEAN_STD["imagenet"], *, color=True, blu
     x = torch.stack([(channel - mean) / std for channel, mean, std in zip(x.unbind(1), *mean_std)], 1)
     return x.contiguous(memory_format=torch.channels_last)
 
-
 def prepare(crops, parameters, cfg, color=True):
-    """What a loader yields, (B, views, 3, S, S) and (B, views, 8) -> (views B, 3, S, S) on the device, first all of
-    view 1. color=False: crops and flips alone."""
-    crops, parameters = (x.to(cfg.device, non_blocking=True).transpose(0, 1).flatten(0, 1) for x in (crops, parameters))
+    """What a loader yields, (B, views, 3, S, S) and (B, views, 8) -> (views B, 3, S, S) on the device, first
+    all of view 1. color=False: crops and flips alone."""
+    crops, parameters = (x.to(cfg.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+                         for x in (crops, parameters))
     return augment(crops, parameters, MEAN_STD.get(cfg.data, MEAN_STD["imagenet"]), color=color,
                    blur=color and max(cfg.blur) > 0, solarize=color and max(cfg.solarize) > 0)
-
 
 def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=False):
     """This rank's batches, lists of (epoch, index), from batch `start` of the run to the end of its epochs.
 
-    Batch k of an epoch is order[k size : (k + 1) size]; the order is of (key, epoch) alone. group: an epoch has a
-    multiple of it, the rest is dropped. part: (r, W): rank r of W has its share of each; whole: those with k mod W = r.
-    """
+    Batch k of an epoch is order[k size : (k + 1) size]; the order is of (key, epoch) alone. group: an epoch
+    has a multiple of it, the rest is dropped. part: (r, W), rank r of W gets its share of each batch; or,
+    whole, those with k mod W = r."""
     count, (r, W) = len(indices) // size // group * group, part
     for number in range(start, epochs * count):
         epoch, k = divmod(number, count)
@@ -880,64 +753,49 @@ def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=Fa
         if not whole or k % W == r:
             yield [(epoch, i) for i in (batch if whole else batch[r * size // W:(r + 1) * size // W])]
 
-
 SIGNALS = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
            if signal.getsignal(each) != signal.SIG_IGN]         # under nohup, SIGHUP is inherited as ignored
-
 
 def leave_signals_to_the_run(_):
     """In a loader process: what stops the run must not stop it before the step ends."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
-
 def loader(views, batches, workers):
-    """Yields what Views gives, stacked. Its processes are spawned: a fork beside running threads (autograd's, gloo's,
-    CUDA's) now and then never returns."""
+    """Yields what Views gives, stacked. Its processes are spawned: a fork beside running threads (autograd's,
+    gloo's, CUDA's) now and then never returns."""
     return torch.utils.data.DataLoader(
         views, batch_sampler=batches, num_workers=workers, pin_memory=views.cfg.device == "cuda",
         worker_init_fn=leave_signals_to_the_run, multiprocessing_context="spawn" if workers else None)
 
-
 # --- Optimizer and schedule -----------------------------------------------------------------------
 
-
 class LARS(torch.optim.Optimizer):
-    """You et al. 2017: SGD with momentum whose rate is scaled, tensor by tensor, by eta |w| / (|g| + decay |w|).
+    """You et al. 2017: SGD with momentum, its rate scaled tensor by tensor by eta |w| / (|g| + decay |w|).
 
-    Tensors of one dimension (biases, norms) are neither decayed nor scaled. clip: the factor is at most 1 / lr (the
-    authors' setting, with eta 0.02; common for ImageNet is eta 0.001 without).
-    """
-
+    Tensors of one dimension (biases, norms) are neither decayed nor scaled. clip: the factor is at most
+    1 / lr (the authors' setting, with eta 0.02; common for ImageNet is eta 0.001 without)."""
     def __init__(self, params, lr, *, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip=clip))
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip=clip)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
-            for adapt in (True, False):
-                params = [p for p in group["params"] if p.grad is not None and (p.ndim > 1) == adapt]
-                if not params:
-                    continue
-                grads, lr, decay = [p.grad for p in params], group["lr"], group["weight_decay"]
-                if adapt:
-                    w, g = (torch.stack(torch._foreach_norm(each)) for each in (params, grads))
+            lr, decay = group["lr"], group["weight_decay"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                grad = p.grad
+                if p.ndim > 1:
+                    w, g = p.norm(), grad.norm()
                     factor = group["eta"] * w / (g + decay * w + 1e-8)
                     factor = (factor / lr).clamp(max=1) if group["clip"] else factor
-                    factor = torch.where((w > 0) & (g > 0), factor, 1)
-                    grads = torch._foreach_add(grads, params, alpha=decay)
-                    torch._foreach_mul_(grads, list(factor.unbind()))
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                velocity = [self.state[p]["momentum"] for p in params]
-                torch._foreach_mul_(velocity, group["momentum"])
-                torch._foreach_add_(velocity, grads)
-                torch._foreach_add_(params, velocity, alpha=-lr)
+                    grad = (grad + decay * p) * torch.where((w > 0) & (g > 0), factor, 1)
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                p.sub_(lr * self.state[p]["momentum"].mul_(group["momentum"]).add_(grad))
         return loss
-
 
 def learning_rate(step, total, warmup, peak):
     """Linear over `warmup` steps to `peak`, then half a cosine to 0 at `total`. step: from 0."""
@@ -945,38 +803,29 @@ def learning_rate(step, total, warmup, peak):
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
-
 # --- Evaluation -----------------------------------------------------------------------------------
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)     # of the probe's heads, trained side by side
-
 
 def autocast(cfg):
     kind = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp]
     return torch.autocast(cfg.device, dtype=kind, enabled=cfg.amp != "off")
 
-
 @torch.no_grad()
 def features(backbone, pictures, indices, cfg):
-    """Features of centre crops, on every rank: (n, width) float32; and their indices, without those of bad files.
-
-    Each rank reads a run of the indices, the last padded to the same length. UserError: not finite.
-    """
-    r, W = ranks()
-    share = math.ceil(len(indices) / W)
-    mine = indices[(r * share + torch.arange(share)).clamp(max=len(indices) - 1)]
-    parts, rows, read = [[(0, i) for i in part.tolist()] for part in mine.split(256)], [], []
-    for crops, parameters, _, used in loader(Views(pictures, cfg, views=0), parts, cfg.workers * (len(parts) > 16)):
+    """Features of centre crops (n, width) float32, and their indices, without those of bad files. Each rank
+    reads all. UserError: not finite."""
+    parts, rows, read = [[(0, i) for i in part.tolist()] for part in indices.split(256)], [], []
+    workers = cfg.workers if len(parts) > 16 else 0
+    for crops, parameters, _, used in loader(Views(pictures, cfg, views=0), parts, workers):
         with autocast(cfg):
             rows.append(backbone(prepare(crops, parameters, cfg, color=False)).float())
-        read.append(used.to(cfg.device))
-    rows, read = gather(torch.cat(rows))[:len(indices)], gather(torch.cat(read))[:len(indices)].cpu()
+        read.append(used)
+    rows, good = torch.cat(rows), torch.cat(read) == indices
     if not rows.isfinite().all():
-        raise UserError("the backbone's features are not finite, so no number of it would mean anything: give "
-                        "another --probe, or train with a lower --lr and another --out")
-    good = read == indices
+        raise UserError("the backbone's features are not finite, no number of it would mean anything: give "
+                        "another --probe, or a lower --lr and another --out")
     return rows[good.to(rows.device)], indices[good]
-
 
 def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
     """k-NN by cosine, votes weighted by e^{s/0.07} (Wu et al. 2018) -> (n,) bool: which queries are right."""
@@ -987,75 +836,63 @@ def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
         right.append(votes.scatter_add_(1, labels[index], (near / temperature).exp()).argmax(1) == answers)
     return torch.cat(right)
 
-
 def place_in_class(targets):
     """For each entry: how many of its class stand before it."""
     order, counts = targets.argsort(stable=True), targets.bincount()
     place = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
     return torch.empty_like(targets).scatter_(0, order, place)
 
-
 def labelled_pictures(cfg, targets):
     """Indices of the train pictures whose labels the probe may see: all, or a class-balanced share."""
-    if not cfg.label_fraction:
-        return torch.arange(len(targets))
     classes, total = int(targets.max()) + 1, round(cfg.label_fraction * len(targets))
     if total < classes:
-        raise UserError(f"--label-fraction {cfg.label_fraction}: {total} labels for {classes} classes leave a class "
-                        f"empty; give {math.ceil(1e4 * classes / len(targets)) / 1e4} or more", 2)
+        least = math.ceil(1e4 * classes / len(targets)) / 1e4
+        fail(f"--label-fraction {cfg.label_fraction}: fewer labels than classes; give {least} or more")
     order = permutation(len(targets), "labels")
     turn = place_in_class(targets[order]) * classes + permutation(classes, "labels")[targets[order]]
     return order[turn.argsort()[:total]].sort().values          # in turn, one of each class that has more
 
-
 def linear_probe(backbone, cfg, train, val):
     """The linear probe and k-NN on a frozen backbone -> what probe.json holds; accuracies in percent.
 
-    Heads of every rate of RATES are trained side by side (SGD, batch 256, a tenth at 60 % and 80 %, decay 1e-5: the
-    authors' probe), on cached features of centre crops, or for ImageNet on crops and flips. The head that is best on
-    a tenth of the labelled train pictures, which none was trained on, is run on val.
-    """
-    began, (r, W), epochs, classes = time.time(), ranks(), cfg.probe_epochs, int(train.targets.max()) + 1
+    Heads of every rate of RATES are trained side by side (SGD, batch 256, a tenth at 60 % and 80 %, decay
+    1e-5: the authors' probe), on cached features of centre crops, or for ImageNet on crops and flips. The
+    head that is best on a tenth of the labelled train pictures, which none was trained on, is run on val."""
+    (r, W), epochs, classes = ranks(), cfg.probe_epochs, int(train.targets.max()) + 1
     backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     labelled = labelled_pictures(cfg, train.targets)
     labelled = labelled[permutation(len(labelled), cfg.seed, "holdout")]
-    of_class = train.targets[labelled].bincount()
-    tenth = (of_class // 10).clamp_min(1).minimum(of_class - 1)
-    held = place_in_class(train.targets[labelled]) < tenth[train.targets[labelled]]
-    if not held.any():
-        announce("warning: no class has two labelled pictures, one to hold out: the rate is chosen on pictures it saw")
+    targets = train.targets[labelled]
+    of_class = targets.bincount()
+    held = place_in_class(targets) < (of_class // 10).clamp_min(1).minimum(of_class - 1)[targets]
     fit, hold = labelled[~held], labelled[held] if held.any() else labelled
+    if not held.any():
+        announce("warning: no class has a picture to hold out: the rate is chosen on what it was fit to")
     x_val, i_val = features(backbone, val, torch.arange(len(val)), cfg)
     x_hold, i_hold = features(backbone, train, hold, cfg)
-    x_fit, i_fit = features(backbone, train, fit[:262144], cfg)                 # what fits into a GPU's memory
-    y_val, y_hold, y_fit = (targets[i].to(cfg.device) for targets, i in (
-        (val.targets, i_val), (train.targets, i_hold), (train.targets, i_fit)))
-
-    def minibatches():
-        """(epoch, x, y, indices of the pictures)"""
-        cached = cfg.data != "imagenet"
-        rows = torch.arange(len(x_fit)) if cached else fit
-        size = max(1, min(256, len(rows)) // W) * W
-        lists = partial(batches, rows, size, cfg.seed, "probe", epochs=epochs, part=(r, W))
-        source = lists() if cached else loader(Views(train, cfg, views=1, color=False), lists(), cfg.workers)
-        bar = tqdm(lists(), total=epochs * (len(rows) // size), desc="probe", disable=process()[0] > 0, leave=False)
-        for keys, item in zip(bar, source):
-            if cached:
-                i = torch.tensor([i for _, i in keys])
-                yield keys[0][0], x_fit[i.to(cfg.device)], y_fit[i.to(cfg.device)], i_fit[i]
-            else:
-                with torch.no_grad(), autocast(cfg):
-                    x = backbone(prepare(*item[:2], cfg, color=False)).float()
-                yield keys[0][0], x, train.targets[item[3]].to(cfg.device), item[3]
-
+    x_fit, i_fit = features(backbone, train, fit[:262144], cfg)                # what fits into a GPU's memory
+    y_val, y_hold, y_fit = (data.targets[i].to(cfg.device)
+                            for data, i in ((val, i_val), (train, i_hold), (train, i_fit)))
+    cached = cfg.data != "imagenet"
+    rows = torch.arange(len(x_fit)) if cached else fit
+    size = max(1, min(256, len(rows)) // W) * W
+    lists = partial(batches, rows, size, cfg.seed, "probe", epochs=epochs, part=(r, W))
+    source = lists() if cached else loader(Views(train, cfg, views=1, color=False), lists(), cfg.workers)
     torch.manual_seed(cfg.seed)
     heads = nn.ModuleList(nn.Linear(x_fit.shape[1], classes) for _ in RATES).to(cfg.device)
-    optimizer = torch.optim.SGD([dict(params=head.parameters()) for head in heads], momentum=0.9, weight_decay=1e-5)
-    seen = torch.zeros(len(train), dtype=torch.bool)
-    for epoch, x, y, i in minibatches():
-        seen[i] = True
+    optimizer = torch.optim.SGD([dict(params=h.parameters()) for h in heads], momentum=0.9, weight_decay=1e-5)
+    bar = tqdm(lists(), "probe", epochs * (len(rows) // size), disable=process()[0] > 0, leave=False)
+    for keys, item in zip(bar, source):                         # keys: (epoch, index), ...
+        if cached:
+            i = torch.tensor([i for _, i in keys])
+            x, y = x_fit[i.to(cfg.device)], y_fit[i.to(cfg.device)]
+        else:
+            crops, parameters, _, i = item
+            with torch.no_grad(), autocast(cfg):
+                x = backbone(prepare(crops, parameters, cfg, color=False)).float()
+            y = train.targets[i].to(cfg.device)
         for group, rate in zip(optimizer.param_groups, RATES):
-            group["lr"] = rate * 0.1 ** sum(epoch >= max(1, epochs * tenths // 10) for tenths in (6, 8))
+            group["lr"] = rate * 0.1 ** sum(keys[0][0] >= max(1, epochs * tenths // 10) for tenths in (6, 8))
         optimizer.zero_grad(set_to_none=True)
         sum(F.cross_entropy(head(x), y) for head in heads).backward()
         for p in heads.parameters():
@@ -1063,9 +900,9 @@ def linear_probe(backbone, cfg, train, val):
         optimizer.step()
 
     @torch.no_grad()
-    def right(head, x, y, k=1):                                 # (n,) bool: the truth is among the k largest logits
-        return torch.cat([(head(rows).topk(min(k, classes)).indices == truth[:, None]).any(1)
-                          for rows, truth in zip(x.split(4096), y.split(4096))])
+    def right(head, x, y, k=1):                                 # (n,) bool: the truth is among the k largest
+        parts = zip(x.split(4096), y.split(4096))
+        return torch.cat([(head(x).topk(min(k, classes)).indices == y[:, None]).any(1) for x, y in parts])
 
     def percent(right):
         return 100 * right.double().mean().item()
@@ -1075,19 +912,16 @@ def linear_probe(backbone, cfg, train, val):
     if best in (0, len(RATES) - 1):
         announce(f"warning: the probe's best rate, {RATES[best]}, is at the edge of its grid {RATES}")
     top1, knn = right(heads[best], x_val, y_val), nearest_neighbors(x_fit, y_fit, x_val, y_val)
-    digits = {name: "".join(map(str, which.int().tolist())) for name, which in (("right", top1), ("knn_right", knn))}
-    seen = mean_over_ranks(seen.float().to(cfg.device)) > 0
+    digits = ["".join(map(str, which.int().tolist())) for which in (top1, knn)]
     return dict(top1=percent(top1), top5=percent(right(heads[best], x_val, y_val, 5)), knn=percent(knn),
-                rate=RATES[best], holdout=dict(zip(map(str, RATES), holdout)), epochs=epochs, train=int(seen.sum()),
-                held_out=int(held.sum()), val=len(y_val), knn_bank=len(y_fit), seconds=time.time() - began, **digits)
-
+                rate=RATES[best], holdout=dict(zip(map(str, RATES), holdout)), epochs=epochs,
+                train=len(rows), held_out=int(held.sum()), val=len(y_val), knn_bank=len(y_fit),
+                right=digits[0], knn_right=digits[1])           # which val pictures were right, a digit each
 
 @torch.no_grad()
 def emergence(model, cfg, train, val, picture=None):
-    """Once an epoch, for every --loss: what H(i) is on one fixed batch, how the features fare on fixed subsets.
-
-    Labels are used for logging alone. Every rank computes the same. picture: path of neighbours.png.
-    """
+    """Once an epoch, for every --loss: H(i) on one fixed batch, the features on fixed subsets -> scalars.
+    Labels are used for logging alone. picture: path of neighbours.png."""
     model.eval()
     fixed = [(0, i) for i in permutation(len(train), "fixed")[:256].tolist()]
     crops, parameters, _, i = next(iter(loader(Views(train, cfg, seed="fixed"), [fixed], 0)))
@@ -1115,92 +949,76 @@ def emergence(model, cfg, train, val, picture=None):
     model.train()
     return {key: value.item() for key, value in out.items()}
 
-
 def draw_neighbors(path, views, index, local, cosine, rows=8, columns=8):
-    """A row: an anchor in a frame, then the pictures in its H(i), the nearest first; blank where H(i) has no more.
-    The anchors are the first of the fixed batch, which is in random order."""
+    """A row: an anchor in a frame, then the pictures in its H(i), the nearest first; blank where H(i) has no
+    more. The anchors are the first of the fixed batch, which is in random order."""
     grid, zoom = [], max(1, 64 // views.cfg.size)
     for anchor in range(min(rows, len(index) // 2)):
         members = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
         chosen = list(dict.fromkeys(index[j] for j in [anchor, *members]))[:columns]
-        strip = [(views[0, i][0][0] / 255).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) for i in chosen]
+        strip = [torch.kron(views[0, i][0][0] / 255, torch.ones(zoom, zoom)) for i in chosen]
         strip += [torch.ones_like(strip[0])] * (columns - len(strip))
         grid += [F.pad(x, [4] * 4, value=float(place > 0)) for place, x in enumerate(strip)]
     grid = torchvision.utils.make_grid(grid, nrow=columns, pad_value=1)
     write(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
 
-
 # --- Pre-training ---------------------------------------------------------------------------------
 
 INTERRUPTED = 75        # the exit status of a run that goes on when the same command is given again
 
-
-class Interrupted(Exception):
-    """A signal asked the run to stop. Whatever it did is in the checkpoint."""
-
-
 def write(path, fill):
-    """Atomically: a reader, or a run that resumes, finds the old file or the new one. fill: writes to a file."""
+    """Atomically: a reader, or a resumed run, finds the old file or the new one. fill: writes to a file."""
     aside = path + ".tmp"
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(aside)                                    # and "x": a link of that name is not followed
+        if os.path.lexists(aside):
+            os.remove(aside)                                    # a link of that name is not followed
         with open(aside, "xb") as file:
             fill(file)
-            file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.flush() or file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is intact: make room, "
+        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there is intact: make room, "
                         "then give the same command again") from error
-
-
-def write_json(path, content):
-    write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
 
 def read(path, reader, remedy):
     """reader(open file). UserError: it cannot be read; or, with the remedy, it is malformed."""
     try:
         with open(path, "rb") as file:
             return reader(file)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); mend that") from error
     except Exception as error:
-        raise UserError(f"{path}: damaged, or not what it should be ({type(error).__name__}); {remedy}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path}: not what it should be ({reason}); {remedy}") from error
 
+def read_json(path, remedy):
+    """What write_json wrote; {} if there is no such file."""
+    return read(path, lambda file: dict(json.load(file)), remedy) if os.path.exists(path) else {}
 
-def read_tensors(file):
-    return torch.load(file, map_location="cpu", weights_only=True)              # runs no code from the file
-
+def write_json(path, content):
+    write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 def fingerprint(*parts):
     """SHA-256 of bytes, of the tensors of a module, or of what JSON can hold."""
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            state = {name: value.detach().cpu().contiguous().view(-1) for name, value in part.state_dict().items()}
-            part = b"".join(name.encode() + state[name].view(torch.uint8).numpy().tobytes() for name in sorted(state))
+            state = {k: v.detach().cpu().contiguous().view(-1) for k, v in part.state_dict().items()}
+            part = b"".join(k.encode() + state[k].view(torch.uint8).numpy().tobytes() for k in sorted(state))
         part = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
         whole.update(len(part).to_bytes(8, "big") + part)
     return whole.hexdigest()
 
-
-def agree(text, cfg, what):
-    """UserError unless all ranks hold the same text."""
-    mine = torch.frombuffer(bytearray(fingerprint(text).encode()), dtype=torch.uint8).to(cfg.device)[None]
+def agree(content, cfg, what):
+    """UserError unless all ranks hold the same content."""
+    mine = torch.tensor(list(fingerprint(content).encode()), dtype=torch.uint8, device=cfg.device)[None]
     if (gather(mine) != mine).any():
         raise UserError(f"the ranks see different {what}: let all see the same --root and --out")
 
-
 @contextlib.contextmanager
 def signals_counted():
-    """Yields a list of the signals that have come; the second ends the process at once.
-
-    A thread hears them: Python's own handlers wait while the main thread is inside a blocking call.
-    """
+    """Yields a list of the signals that have come; the second ends the process at once. A thread hears them:
+    Python's own handlers wait while the main thread is inside a blocking call."""
     came, (end, start) = [], os.pipe()
 
     def listen():
@@ -1208,54 +1026,54 @@ def signals_counted():
             came.append(number)
             if len(came) == 2:
                 os._exit(INTERRUPTED)
-        os.close(end)
 
     os.set_blocking(start, False)
     threading.Thread(target=listen, daemon=True).start()
     signal.set_wakeup_fd(start)
-    before = {each: signal.signal(each, lambda *_: None) for each in SIGNALS}
+    before = [(each, signal.signal(each, lambda *_: None)) for each in SIGNALS]
     try:
         yield came
     except (RuntimeError, EOFError, OSError) as error:
-        if came:                                                # it went to a loader process, or another rank, too
-            raise Interrupted from error
-        raise
+        raise (KeyboardInterrupt if came else error) from error # it went to a loader process or rank as well
     finally:
-        for each, handler in before.items():
+        for each, handler in before:
             signal.signal(each, handler)
         signal.set_wakeup_fd(-1)
         os.close(start)
-
 
 def build_model(cfg):
     """The wrapped method on the CPU; its weights are a function of the seed."""
     torch.manual_seed(cfg.seed)
     backbone, width = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     kind, norm = METHODS[cfg.method], group_norm if cfg.norm == "group" else nn.BatchNorm1d
-    heads = {name: getattr(cfg, name) for name in inspect.signature(kind).parameters if name in HEADS}
+    heads = {name: getattr(cfg, name) for name in HEADS if name in inspect.signature(kind).parameters}
     try:
         method = kind(backbone, width, norm=norm, **heads)
-    except RuntimeError as error:
-        raise UserError(f"--method {cfg.method}: its heads cannot be made ({str(error).splitlines()[0]}): lower "
-                        "--hidden, --dim, --predictor or --queue", 2) from error
-    threshold = {"adaptive": AdaptiveThreshold(cfg.quantile), "step": StepThreshold(0.9, cfg.drop, cfg.drop_every),
-                 "cosine": CosineThreshold(0.9, 0.3, cfg.epochs), "oracle": None}[cfg.threshold]
-    return HEX(method, cfg.loss, alpha=cfg.alpha, temperature=cfg.temperature, threshold=threshold,
-               warmup=cfg.hex_warmup, warmup_threshold=cfg.warmup_threshold, beta=cfg.beta, tau_plus=cfg.tau_plus,
-               decoupled=cfg.decoupled)
+    except RuntimeError:
+        fail(f"--method {cfg.method}: no room for its heads; lower --hidden, --dim, --predictor, --queue")
+    threshold = {"adaptive": AdaptiveThreshold(cfg.quantile), "cosine": CosineThreshold(0.9, 0.3, cfg.epochs),
+                 "step": StepThreshold(0.9, cfg.drop, cfg.drop_every), "oracle": None}[cfg.threshold]
+    names = ("alpha", "temperature", "warmup_threshold", "beta", "tau_plus", "decoupled")
+    of_hex = {name: getattr(cfg, name) for name in names}
+    return HEX(method, cfg.loss, threshold=threshold, warmup=cfg.hex_warmup, **of_hex)
 
+def in_words(figures):
+    """Of one epoch: for the terminal."""
+    names = dict(threshold="threshold", local="mean |H|", purity="purity of H", chance="chance", rankme="RankMe",
+                 knn="k-NN %")
+    return ", ".join(f"{word} {figures[key]:.3g}" for key, word in names.items() if key in figures)
 
 def pretrain(model, cfg, train, val, out, identity):
-    """Trains, resumes, logs; leaves checkpoint.pt, metrics.jsonl and pictures in `out`. Returns the backbone."""
+    """Trains, resumes, logs; leaves checkpoint.pt, metrics.jsonl, pictures in `out`. Returns the backbone."""
     r, W, _ = process()
-    whole = cfg.accumulate % W == 0             # each rank computes whole losses by itself; or its part of each
+    whole = cfg.accumulate % W == 0           # each rank computes whole losses by itself; or its part of each
     losses = cfg.accumulate // W if whole else cfg.accumulate                   # of this rank, in a step
     per_epoch = len(train) // (cfg.batch_size * cfg.accumulate)                 # steps
     total, peak = cfg.epochs * per_epoch, cfg.lr * cfg.batch_size * cfg.accumulate / 256
     model.to(cfg.device, memory_format=torch.channels_last).train()
     if W > 1 and not whole and cfg.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ddp = DistributedDataParallel(model, forward_sync_buffers=False) if W > 1 else model
+    ddp = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if W > 1 else model
     if cfg.compile:
         model.method.compile()
     model.method.steps, model.method.losses = total, losses
@@ -1268,31 +1086,30 @@ def pretrain(model, cfg, train, val, out, identity):
     done, logged, checkpoint = 0, 0, os.path.join(out, "checkpoint.pt")
     if os.path.exists(checkpoint):
         def restore(file):
-            state = read_tensors(file)
-            if state["identity"] != identity:
-                raise UserError(f"{checkpoint}: is of another experiment, or of other data; give another --out")
+            state = torch.load(file, map_location="cpu", weights_only=True)     # runs no code from the file
+            require(state["identity"] == identity, "another experiment, or other data")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             return state["step"], state["logged"]
-        done, logged = read(checkpoint, restore, "delete it to start again")
+        done, logged = read(checkpoint, restore, "give another --out, or delete it to start again")
     agree(done, cfg, "checkpoints")
-    log = open(os.path.join(out, "metrics.jsonl") if r == 0 else os.devnull, "ab")
-    if r == 0:
-        log.truncate(logged)                                    # what came after the checkpoint comes again
-        log.seek(0, os.SEEK_END)
-    source = iter(loader(Views(train, cfg), batches(
-        torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", epochs=cfg.epochs, start=done * cfg.accumulate,
-        group=cfg.accumulate, part=(r, W), whole=whole), cfg.workers))
+    log = open(os.path.join(out, "metrics.jsonl"), "ab") if r == 0 else io.BytesIO()
+    log.truncate(logged)                                        # what came after the checkpoint comes again
+    log.seek(0, os.SEEK_END)
+    order = batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", epochs=cfg.epochs,
+                    start=done * cfg.accumulate, group=cfg.accumulate, part=(r, W), whole=whole)
+    source = iter(loader(Views(train, cfg), order, cfg.workers))
 
     def note(**event):
-        event = {key: None if value != value else value for key, value in event.items()}            # NaN is no JSON
+        event = {key: None if value != value else value for key, value in event.items()}    # NaN is no JSON
         log.write(json.dumps(event).encode() + b"\n")
         log.flush()
 
     def describe(step):
         """What has emerged: logged and printed; at the start and at the end as a picture, too."""
-        epoch, picture = step // max(1, per_epoch), {0: "neighbours_early.png", total: "neighbours.png"}.get(step)
+        epoch = step // max(1, per_epoch)
+        picture = {0: "neighbours_early.png", total: "neighbours.png"}.get(step)
         with alone():
             figures = emergence(model, cfg, train, val, picture and os.path.join(out, picture))
         note(event="epoch", step=step, epoch=epoch, **figures)
@@ -1306,7 +1123,8 @@ def pretrain(model, cfg, train, val, out, identity):
         if done == 0:
             figures = describe(0)
         for step in range(done + 1, total + 1):
-            epoch, lr = (step - 1) // per_epoch, learning_rate(step - 1, total, cfg.lr_warmup * per_epoch, peak)
+            epoch = (step - 1) // per_epoch
+            lr = learning_rate(step - 1, total, cfg.lr_warmup * per_epoch, peak)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
@@ -1316,30 +1134,30 @@ def pretrain(model, cfg, train, val, out, identity):
                 crops, parameters, _, used = next(source)                       # (B, 2, 3, S, S), (B, 2, 8)
                 waited += time.perf_counter() - asked
                 x1, x2 = prepare(crops, parameters, cfg).chunk(2)
-                torch.manual_seed(rng_of(cfg.seed, "step", step, k * W + r).getrandbits(63))        # dropout
-                oracle = OracleHierarchy(train.coarse[used].to(cfg.device)) if cfg.threshold == "oracle" else None
-                last = k == losses - 1                                          # then DDP averages the gradients
-                with alone(whole), contextlib.nullcontext() if last or W == 1 else ddp.no_sync():
+                torch.manual_seed(rng_of(cfg.seed, "step", step, k * W + r).getrandbits(63))                      # dropout
+                oracle = cfg.threshold == "oracle" and OracleHierarchy(train.coarse[used].to(cfg.device))
+                alike = k == losses - 1 or W == 1                               # DDP averages gradients
+                with alone(whole), contextlib.nullcontext() if alike else ddp.no_sync():
                     with autocast(cfg):
                         embeddings = ddp(x1, x2)
-                    loss, stats = model.loss(*embeddings, epoch=epoch, threshold=oracle)
+                    loss, stats = model.loss(*embeddings, epoch=epoch, threshold=oracle or None)
                     scaler.scale(loss / losses).backward()
                 history.append(dict(loss=loss.detach(), **stats))
 
             finite = torch.stack([values["loss"] for values in history]).isfinite().all()
-            if cfg.amp != "fp16":                                               # there, the scaler skips the step
+            if cfg.amp != "fp16":                                           # there, the scaler skips the step
                 finite &= nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).isfinite()
             flags = mean_over_ranks(torch.stack([~finite, torch.full_like(finite, bool(signals))]).float())
-            broken, stop = (flag > 0 for flag in flags.tolist())                # the host waits here, once a step
+            broken, stop = (flag > 0 for flag in flags.tolist())            # the host waits here, once a step
             if broken or scale < 1e-9:
-                raise UserError(f"step {step}: the loss or its gradient is not finite; the last checkpoint is intact: "
+                raise UserError(f"step {step}: the loss or its gradient is not finite; the checkpoint is intact: "
                                 "lower --lr and give another --out")
             scaler.step(optimizer)
             scaler.update()
             before, scale = scale, scaler.get_scale()
-            if scale >= before:                                                 # one that fell: a skipped step
+            if scale >= before:                                                # one that fell: a skipped step
                 model.after_step(step)
-            if W > 1 and statistics:                                            # BatchNorm's: the same on all ranks
+            if W > 1 and statistics:                                         # BatchNorm's: alike on all ranks
                 mean = mean_over_ranks(torch.cat(statistics))
                 torch._foreach_copy_(statistics, list(mean.split([len(each) for each in statistics])))
 
@@ -1350,283 +1168,211 @@ def pretrain(model, cfg, train, val, out, identity):
                 speed = (step - first) * cfg.batch_size * cfg.accumulate / seconds
                 note(event="step", step=step, epoch=epoch, **stats, lr=lr, images_per_second=speed,
                      data_wait=waited / seconds)
-                shown = figures | stats
-                shown = {key: f"{shown[key]:.3g}" for key in ("loss", "threshold", "local") if key in shown}
-                bar.set_postfix(shown | {"img/s": f"{speed:.0f}", "wait": f"{waited / seconds:.0%}"}, refresh=False)
+                shown = {"img/s": speed, "wait": waited / seconds} | figures | stats
+                bar.set_postfix({key: f"{shown[key]:.3g}" for key in ("loss", "threshold", "local", "img/s",
+                                                                      "wait") if key in shown}, refresh=False)
                 since, first, waited = time.perf_counter(), step, 0.0
             bar.update()
             if step % per_epoch == 0:
                 figures = describe(step)
             if step % per_epoch == 0 or stop or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                             step=step, logged=log.tell(), identity=identity)
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                             scaler=scaler.state_dict(), logged=log.tell(), identity=identity)
                 if r == 0:
                     write(checkpoint, partial(torch.save, state))
             if stop:
-                raise Interrupted
+                raise KeyboardInterrupt
     log.close()
     return model.method.backbone
 
-
-def in_words(figures):
-    """Of one epoch: for the terminal."""
-    line = f"threshold {figures['threshold']:.3f}, mean |H| {figures['local']:.1f}"
-    if "purity" in figures:
-        line += f", purity of H {figures['purity']:.2f} (chance {figures['chance']:.2f})"
-    return line + (f", k-NN {figures['knn']:.1f} %" if "knn" in figures else f", RankMe {figures['rankme']:.1f}")
-
-
 # --- Config and recipes ---------------------------------------------------------------------------
 
-
-def option(group, default, text, within=None, **argument):
-    """A field of Config that is a flag, too. within: the least and the largest value that is accepted."""
-    return field(default=default, metadata=dict(group=group, text=text, within=within, argument=argument))
-
-
-DATA, THRESHOLDS = ("shapes", "cifar10", "cifar100", "imagenet", "folder"), ("adaptive", "step", "cosine", "oracle")
-COUNT, POSITIVE, SHARE, REAL, ABOVE_0 = (0, 2**31 - 1), (1, 2**31 - 1), (0, 1), (0, 1e6), (1e-9, 1e6)
-BOTH = dict(type=float, nargs="+", metavar="X")         # a number for both views, or one for each
-
-
-@dataclass
-class Config:
-    """The documented command line. None: the recipe decides (RECIPES, below)."""
-    data: str = option("data", "shapes", "what to train on", choices=DATA)
-    root: str = option("data", None, "DIR/{train,val}/<class>/*, pictures anywhere, or CIFAR's archive", metavar="DIR")
-    classes: str = option("data", None, "file with the class folders to use, one a line", metavar="FILE")
-    skip_bad_files: bool = option("data", False, "replace an unreadable file by the next, and say so")
-    recipe: str = option("data", None, "defaults of what follows [by --data]", metavar="shapes|small|cifar|imagenet")
-    size: int = option("views", None, "side of a view in pixels", (8, 4096))
-    crop_min: float = option("views", None, "smallest share of the picture that a crop keeps", (1e-3, 1))
-    jitter: list = option("views", None, "brightness, contrast, saturation, hue", (0, 1), type=float, nargs=4, metavar="X")
-    grayscale: float = option("views", None, "share of views without color", SHARE)
-    blur: list = option("views", None, "share of views that are blurred; two numbers: of either view", SHARE, **BOTH)
-    solarize: list = option("views", None, "share of views that are solarized, likewise", SHARE, **BOTH)
-    method: str = option("method", "simclr", "the SSL method", choices=tuple(METHODS))
-    loss: str = option("method", "hex", "base: the method's own; or what takes its place or joins it", choices=LOSSES)
-    decoupled: bool = option("method", False, "HEX without the positive in the denominator")
-    threshold: str = option("method", "adaptive", "what splits H from G; oracle uses LABELS", choices=THRESHOLDS)
-    temperature: float = option("method", None, "tau", (1e-3, 1e6))
-    quantile: float = option("method", 0.99, "q", (1e-6, 1 - 1e-6))
-    beta: float = option("method", 1.0, "how much the nearest weigh in Q", REAL)
-    tau_plus: float = option("method", 0.1, "assumed share of positives in H", (0, 1 - 1e-6))
-    alpha: float = option("method", None, "weight of the loss against the method's own", SHARE)
-    hex_warmup: int = option("method", None, "first epochs with the method's own loss", COUNT)
-    warmup_threshold: float = option("method", None, "in these epochs the loss with H above this cosine", (-1, 1))
-    drop: float = option("method", None, "step threshold: how far it falls", SHARE)
-    drop_every: int = option("method", None, "step threshold: after how many epochs", POSITIVE)
-    hidden: int = option("method", None, "hidden width of the projector", POSITIVE)
-    dim: int = option("method", None, "dimensions of an embedding", POSITIVE)
-    predictor: int = option("method", None, "hidden width of the predictor", POSITIVE)
-    queue: int = option("method", None, "embeddings in the queue", POSITIVE)
-    ema: float = option("method", None, "momentum of the target at the start", SHARE)
-    backbone: str = option("training", None, "a torchvision classifier, convnet, or pixels", metavar="NAME")
-    norm: str = option("training", "batch", "normalization of ResNets and heads", choices=("batch", "group"))
-    epochs: int = option("training", None, "epochs; 0 evaluates a random backbone", COUNT)
-    batch_size: int = option("training", None, "images in one loss", (2, 2**31 - 1))
-    accumulate: int = option("training", None, "losses in one step (adds no negatives)", POSITIVE)
-    lr: float = option("training", None, "base rate; the rate is lr * batch * accumulate / 256", ABOVE_0)
-    lr_warmup: int = option("training", None, "epochs of linear warm-up", COUNT)
-    weight_decay: float = option("training", None, "L2, not on biases and norms", REAL)
-    eta: float = option("training", None, "trust coefficient of LARS", ABOVE_0)
-    clip: bool = option("training", None, "LARS only ever lowers a rate", action=argparse.BooleanOptionalAction)
-    amp: str = option("training", None, "autocast", choices=("off", "bf16", "fp16"))
-    seed: int = option("training", 0, "of weights, order and views", COUNT)
-    probe: str = option("evaluation", None, "evaluate this backbone.pt and do nothing else", metavar="FILE")
-    probe_epochs: int = option("evaluation", 100, "epochs of the linear probe", POSITIVE)
-    label_fraction: float = option("evaluation", None, "share of train labels it sees, class-balanced", (1e-6, 1))
-    out: str = option("running", None, "where results go [runs/<data>-<method>-<loss>-s<seed>...]", metavar="DIR")
-    device: str = option("running", None, "cpu or cuda [cuda where there is one]", choices=("cpu", "cuda"))
-    workers: int = option("running", None, "loader processes a rank [by the machine and the data]", COUNT)
-    compile: bool = option("running", False, "torch.compile the method")
-    checkpoint_every: int = option("running", None, "steps between checkpoints, beside each epoch's", POSITIVE)
-    log_every: int = option("running", 10, "steps between lines of metrics.jsonl", POSITIVE)
-
-
-GROUP = {each.name: each.metadata["group"] for each in fields(Config)}
-EXPERIMENT = ["data"] + [name for name, group in GROUP.items() if group in ("views", "method", "training")]
-HEADS = {"hidden", "dim", "predictor", "queue", "ema", "temperature"}           # arguments of a Method
-
-# What holds for any method of a recipe, then where a method differs; heads that are not named are the method's own (its
-# class). Source of each: README. ASYMMETRIC: BYOL's views, which the authors' NNCLR and Barlow Twins have, too.
-COMMON = dict(accumulate=1, batch_size=256, eta=0.02, grayscale=0.2, jitter=[0.8, 0.8, 0.8, 0.2], blur=[0.5, 0.5],
-              solarize=[0.0, 0.0], drop=0.1, hex_warmup=10)
-ASYMMETRIC = dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1], solarize=[0.0, 0.2])
-SHARP = ASYMMETRIC | dict(blur=[0.0, 0.0])
-TINY = COMMON | dict(backbone="convnet", size=32, weight_decay=1e-4, clip=False, temperature=0.2, amp="off",
-                     blur=[0.0, 0.0])
-RECIPES = {
+HEADS = ("hidden", "dim", "predictor", "queue", "ema")                          # arguments of a Method
+RECIPE_OF = dict(shapes="shapes", cifar10="cifar", cifar100="cifar", imagenet="imagenet", folder="imagenet")
+COUNT, POSITIVE, SHARE, REAL = (int, 0, 2**31), (int, 1, 2**31), (float, 0, 1), (float, 0, 1e6)
+OPTIONS = dict(     # name: default (None: the recipe's or the machine's), what is accepted, what it is
+    data=("shapes", [*RECIPE_OF], "what to train on"),
+    size=(None, (int, 8, 4096), "side of a view in pixels"),
+    method=("simclr", [*METHODS], "the SSL method"),
+    loss=("hex", [*LOSSES], "base: the method's own; or what takes its place or joins it"),
+    decoupled=(False, bool, "HEX without the positive in the denominator"),
+    threshold=("adaptive", ["adaptive", "step", "cosine", "oracle"], "what splits H from G; oracle: LABELS"),
+    temperature=(None, (float, 1e-3, 1e6), "tau"),
+    quantile=(0.99, (float, 1e-6, 1 - 1e-6), "q"),
+    beta=(1.0, REAL, "how much the nearest weigh in Q"),
+    tau_plus=(0.1, (float, 0, 1 - 1e-6), "assumed share of positives in H"),
+    alpha=(None, SHARE, "weight of the loss against the method's own"),
+    hex_warmup=(None, COUNT, "first epochs, with the method's own loss"),
+    hidden=(None, POSITIVE, "hidden width of the projector"),
+    dim=(None, POSITIVE, "dimensions of an embedding"),
+    predictor=(None, POSITIVE, "hidden width of the predictor"),
+    queue=(None, POSITIVE, "embeddings in the queue"),
+    ema=(None, SHARE, "momentum of the target at the start"),
+    backbone=(None, "NAME", "a torchvision classifier, resnet10_narrow, or pixels"),
+    norm=("batch", ["batch", "group"], "normalization of ResNets and heads"),
+    epochs=(None, COUNT, "epochs; 0 evaluates a random backbone"),
+    batch_size=(None, (int, 2, 2**31), "images in one loss"),
+    accumulate=(None, POSITIVE, "losses in one step (adds no negatives)"),
+    lr=(None, (float, 1e-9, 1e6), "base rate; the rate is lr * batch * accumulate / 256"),
+    lr_warmup=(None, COUNT, "epochs of linear warm-up"),
+    weight_decay=(None, REAL, "L2, not on biases and norms"),
+    eta=(None, (float, 1e-9, 1e6), "trust coefficient of LARS"),
+    clip=(None, bool, "LARS only ever lowers a rate"),
+    amp=(None, ["off", "bf16", "fp16"], "autocast; off on a CPU"),
+    seed=(0, COUNT, "of weights, order and views"),             # the experiment ends here
+    root=(None, "DIR", "DIR/{train,val}/<class>/*, pictures anywhere below, or CIFAR's archive"),
+    classes=(None, "FILE", "file with the class folders to use, one a line"),
+    skip_bad_files=(False, bool, "replace an unreadable file by the next, and say so"),
+    recipe=(None, ["shapes", "small", "cifar", "imagenet"], "the defaults of the above; by --data"),
+    probe=(None, "FILE", "evaluate this backbone.pt and do nothing else"),
+    probe_epochs=(100, POSITIVE, "epochs of the linear probe"),
+    label_fraction=(1.0, (float, 1e-6, 1), "share of train labels it sees, class-balanced"),
+    out=(None, "DIR", "where results go; runs/<data>-<method>-<loss>-s<seed>..."),
+    device=(None, ["cpu", "cuda"], "cuda where there is one"),
+    workers=(None, COUNT, "loader processes a rank"),
+    compile=(False, bool, "torch.compile the method"),
+    checkpoint_every=(None, POSITIVE, "steps between checkpoints, beside each epoch's"),
+    log_every=(10, POSITIVE, "steps between lines of metrics.jsonl"))
+# Settings without a flag: jitter is of brightness, contrast, saturation, hue; blur and solarize: shares of either
+# view; in the epochs of hex_warmup H is above warmup_threshold, if there is one; drop: of the step threshold.
+COMMON = dict(batch_size=256, accumulate=1, eta=0.02, hex_warmup=10, warmup_threshold=None, drop=0.1,
+              grayscale=0.2, jitter=[0.8, 0.8, 0.8, 0.2], blur=[0.5, 0.5], solarize=[0.0, 0.0])
+SHARP = dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=[0.0, 0.0], solarize=[0.0, 0.2])   # BYOL's views, at 32 pixels
+ASYMMETRIC = SHARP | dict(blur=[1.0, 0.1])
+TINY = COMMON | dict(backbone="resnet10_narrow", size=32, weight_decay=1e-4, clip=False, temperature=0.2,
+                     amp="off", blur=[0.0, 0.0])
+RECIPES = {  # what holds for any method, then where one differs; other heads are its class's. Sources: README
     "imagenet": {
         "any": COMMON | dict(backbone="resnet50", size=224, epochs=100, lr=0.3, weight_decay=1e-6, clip=True,
                              crop_min=0.08, temperature=0.1, amp="fp16", drop_every=20),
         "simclr": dict(accumulate=16),
         "nnclr": ASYMMETRIC | dict(weight_decay=1e-5, warmup_threshold=0.9, drop_every=25),
-        "mocov3": ASYMMETRIC | dict(temperature=1.0, lr=0.6),
-        "byol": ASYMMETRIC | dict(lr=0.45),
+        "mocov3": ASYMMETRIC | dict(temperature=1.0, lr=0.6), "byol": ASYMMETRIC | dict(lr=0.45),
         "simsiam": dict(jitter=[0.4, 0.4, 0.4, 0.1], lr=0.05, weight_decay=1e-4),
         "barlow": ASYMMETRIC, "vicreg": ASYMMETRIC},
     "cifar": {
         "any": COMMON | dict(backbone="resnet18", size=32, epochs=400, lr=0.4, weight_decay=1e-4, clip=True,
                              crop_min=0.08, temperature=0.1, amp="fp16", drop_every=100),
-        "nnclr": SHARP | dict(temperature=0.2, weight_decay=1e-5, queue=65536, lr=1.0, warmup_threshold=0.9, drop=0.0),
+        "nnclr": SHARP | dict(temperature=0.2, weight_decay=1e-5, queue=65536, lr=1.0, warmup_threshold=0.9,
+                              drop=0.0),
         "barlow": SHARP | dict(lr=0.3, hidden=2048, dim=2048, hex_warmup=0),
         "mocov3": SHARP | dict(temperature=0.2, lr=0.3, weight_decay=1e-6),
-        "byol": SHARP | dict(lr=1.0, weight_decay=1e-5),
-        "simsiam": dict(jitter=[0.4, 0.4, 0.4, 0.1], blur=[0.0, 0.0]),
-        "vicreg": SHARP | dict(hidden=2048, dim=2048)},
-    "shapes": {
-        "any": TINY | dict(epochs=12, lr=0.5, crop_min=0.5, grayscale=1.0, hidden=256, dim=64, predictor=256, queue=2048),
-        "byol": dict(lr=0.15, ema=0.97)},
-    "small": {
-        "any": TINY | dict(epochs=15, lr=0.2, crop_min=0.2, hidden=512, dim=128, predictor=512, queue=4096),
-        "byol": dict(lr=0.15, ema=0.97)}}
-
+        "byol": SHARP | dict(lr=1.0, weight_decay=1e-5), "vicreg": SHARP | dict(hidden=2048, dim=2048),
+        "simsiam": dict(jitter=[0.4, 0.4, 0.4, 0.1], blur=[0.0, 0.0])},
+    "shapes": {"byol": dict(lr=0.15, ema=0.97), "any": TINY | dict(
+        epochs=12, lr=0.5, crop_min=0.5, grayscale=1.0, hidden=256, dim=64, predictor=256, queue=2048)},
+    "small": {"byol": dict(lr=0.15, ema=0.97), "any": TINY | dict(
+        epochs=15, lr=0.2, crop_min=0.2, hidden=512, dim=128, predictor=512, queue=4096)}}
+EXPERIMENT = [*OPTIONS][:[*OPTIONS].index("seed") + 1] + [
+    "warmup_threshold", "drop", "drop_every", "crop_min", "grayscale", "jitter", "blur", "solarize"]
 
 def resolve(recipe, method, given):
-    """Every setting: what was given, else the recipe's, else the method's."""
-    takes, recipe = inspect.signature(METHODS[method]).parameters, RECIPES[recipe]
-    heads = {name: takes[name].default for name in takes.keys() & HEADS}
-    chosen = recipe["any"] | recipe.get(method, {})
-    chosen = {name: value for name, value in chosen.items() if name in heads or name not in HEADS - {"temperature"}}
-    settings = {"alpha": METHODS[method].alpha} | heads | chosen | given
-    tenth = math.ceil(settings["epochs"] / 10)
-    rest = dict(drop_every=max(1, tenth), lr_warmup=max(0, min(10, tenth, settings["epochs"] - 1)))
-    if "hex_warmup" not in given:
-        settings["hex_warmup"] = min(settings["hex_warmup"], round(settings["epochs"] / 10))
-    return rest | settings
-
+    """-> every setting: what was given, else the recipe's for the method, else the method's own."""
+    takes, chosen = inspect.signature(METHODS[method]).parameters, RECIPES[recipe]["any"]
+    chosen = {"alpha": METHODS[method].alpha} | chosen | RECIPES[recipe].get(method, {})
+    chosen = {name: value for name, value in chosen.items() if name not in HEADS or name in takes}
+    own = {name: takes[name].default for name in (*HEADS, "temperature") if name in takes}
+    settings = {name: default for name, (default, *_) in OPTIONS.items()} | own | chosen | given
+    epochs, tenth = settings["epochs"], math.ceil(settings["epochs"] / 10)
+    settings["hex_warmup"] = given.get("hex_warmup", min(settings["hex_warmup"], round(epochs / 10)))
+    settings["lr_warmup"] = given.get("lr_warmup", max(0, min(10, tenth, epochs - 1)))
+    return {"drop_every": max(1, tenth)} | settings
 
 # --- Command line ---------------------------------------------------------------------------------
 
+def fail(message):
+    raise CommandError(message)
 
 def process():
-    """(rank, ranks, rank on this machine) as torchrun says them; the one place where its variables are read."""
+    """(rank, ranks, rank on this machine), as torchrun says; the one place where its variables are read."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
-    there = [name for name in names if name in os.environ]
-    if there and len(there) < len(names):
-        raise UserError(f"{', '.join(there)} is set, but not {', '.join({*names} - {*there})}: start with torchrun, "
-                        "which sets all, or unset all", 2)
-    return tuple(int(os.environ[name]) for name in names[:3]) if there else (0, 1, 0)
-
+    missing = [name for name in names if name not in os.environ]
+    if 0 < len(missing) < len(names):
+        fail(f"{', '.join(missing)}: not set, but others of torchrun's are: use torchrun, or unset all")
+    return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names[:3])
 
 def wait_for_all():
     if process()[1] > 1:
         dist.barrier()
 
-
 def clean(text):
     """One line for a terminal, whatever is in the names of files."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).strip())[:1000]
-
 
 def announce(text):
     if process()[0] == 0:
         tqdm.write(clean(text), file=sys.stderr)
 
-
 def flag(name):
     return "--" + name.replace("_", "-")
 
-
 def parse(argv):
-    """-> Config with every recipe filled in, and a dict of what was given."""
-    parser = argparse.ArgumentParser(
-        "hex.py", usage="hex.py [options]", allow_abbrev=False, description="HEX (WACV 2025). Defaults in brackets.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110))
-
-    def fail(message):
-        raise UserError(message, 2)
+    """-> cfg, with every setting, and a dict of what was given."""
+    parser = argparse.ArgumentParser("hex.py", "hex.py [options]", "HEX (WACV 2025)", allow_abbrev=False)
     parser.error = fail
-    groups = {group: parser.add_argument_group(group) for group in dict.fromkeys(GROUP.values())}
-    for each in fields(Config):
-        group, text, _, argument = each.metadata.values()
-        if each.type is bool:
-            argument = dict(action="store_true") | argument
-        elif each.type in (int, float):
-            argument = dict(type=each.type, metavar={int: "N", float: "X"}[each.type])
-        default = "recipe" if each.name in RECIPES["imagenet"]["any"] else each.default
-        groups[group].add_argument(flag(each.name), default=argparse.SUPPRESS, **argument,
-                                   help=text + (f" [{default}]" if default not in (None, False) else ""))
+    for name, (default, kind, text) in OPTIONS.items():
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else \
+            dict(choices=kind) if isinstance(kind, list) else \
+            dict(metavar=kind) if isinstance(kind, str) else dict(type=kind[0], metavar=kind[0].__name__)
+        text += f" [{default}]" if default else ""
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        within, values = Config.__dataclass_fields__[name].metadata["within"], value if isinstance(value, list) else [value]
-        if value == "":
-            fail(f"{flag(name)} '': is empty; name something, or leave it out")
-        if within and not all(within[0] <= number <= within[1] for number in values):
-            fail(f"{flag(name)} {value}: must lie in [{within[0]}, {within[1]}]")
-        if name in ("blur", "solarize"):
-            given[name] = values * 2 if len(values) == 1 else values
-            if len(values) > 2:
-                fail(f"{flag(name)} {value}: give one number for both views, or one for each")
+        kind = OPTIONS[name][1]
+        if value == "" or isinstance(kind, tuple) and not kind[1] <= value <= kind[2]:
+            fail(f"{flag(name)} {value!r}: must {'be a name' if value == '' else f'lie in {kind[1:]}'}")
     chosen = inherited(given) | given
-    data, method = chosen.get("data", "shapes"), chosen.get("method", "simclr")
-    recipe = chosen.setdefault("recipe", {"folder": "imagenet", "cifar10": "cifar", "cifar100": "cifar"}.get(data, data))
-    if recipe not in RECIPES:
-        fail(f"--recipe {recipe}: unknown; give one of {', '.join(RECIPES)}")
-    cfg = Config(**resolve(recipe, method, chosen))
+    chosen.setdefault("recipe", RECIPE_OF[chosen.get("data", "shapes")])
+    cfg = argparse.Namespace(**resolve(chosen["recipe"], chosen.get("method", "simclr"), chosen))
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if cfg.device == "cpu" and "amp" not in given:
-        cfg.amp = "off"
-    if cfg.workers is None:                     # on a CPU, pictures in memory are cropped fastest by the run itself
+    cfg.amp = "off" if cfg.device == "cpu" and "amp" not in given else cfg.amp
+    if cfg.workers is None:               # on a CPU, pictures in memory are cropped fastest by the run itself
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cfg.workers = 0 if cfg.device == "cpu" and data not in ("imagenet", "folder") else min(12, cores // 2)
+        cfg.workers = min(12, cores // 2) if cfg.device == "cuda" or cfg.data in ("imagenet", "folder") else 0
     for name in ("root", "classes", "probe"):
         setattr(cfg, name, getattr(cfg, name) and os.path.abspath(getattr(cfg, name)))
     check(cfg, given)
     return cfg, given
 
-
 def inherited(given):
-    """What --probe FILE takes from the config.json beside it: the architecture and, if not given, the data."""
+    """What --probe FILE takes from the config.json beside it: architecture and, if not given, the data."""
     beside = os.path.join(os.path.dirname(given.get("probe", "")), "config.json")
     if "probe" not in given or {"backbone", "data"} <= given.keys():
         return {}
-    if not os.path.exists(beside):
-        raise UserError(f"--probe {given['probe']}: there is no config.json beside it; name --backbone and --data", 2)
     saved = read(beside, lambda file: dict(json.load(file)["config"]), "name --backbone and --data")
-    names = ["recipe", "backbone", "norm", "size"] + ["data", "root", "classes"] * ("data" not in given)
+    names = ("recipe", "backbone", "norm", "size") + ("data", "root", "classes") * ("data" not in given)
     return {name: saved[name] for name in names if saved.get(name) is not None}
 
-
 def check(cfg, given):
-    """UserError for a flag that has no effect, or flags that contradict each other."""
-    takes = inspect.signature(METHODS[cfg.method]).parameters
-    evaluation = {name for name in GROUP if GROUP[name] in ("data", "evaluation")} | {
-        "size", "backbone", "norm", "amp", "seed", "out", "device", "workers"}
-    of_hex = {"threshold", "quantile", "beta", "tau_plus", "decoupled", "warmup_threshold", "drop", "drop_every"}
-    no_effect = [                                               # (if, these flags have none, beside this)
-        (cfg.probe, GROUP.keys() - evaluation, "--probe"),
-        (cfg.loss == "base", of_hex | {"alpha", "hex_warmup"}, "--loss base"),
-        (cfg.loss == "base" and "temperature" not in takes, {"temperature"}, f"--loss base --method {cfg.method}"),
-        (cfg.loss in ("infonce", "dcl"), of_hex, f"--loss {cfg.loss}"),
-        (cfg.loss == "released", {"beta", "tau_plus", "decoupled"}, "--loss released"),
+    """CommandError for a flag that has no effect, or flags that contradict each other."""
+    takes, folder = inspect.signature(METHODS[cfg.method]).parameters, cfg.data in ("imagenet", "folder")
+    training = {*EXPERIMENT, "compile", "log_every", "checkpoint_every"}
+    q = {"beta", "tau_plus", "decoupled"}
+    no_effect = [                                           # (if, these flags have none, beside this)
+        (cfg.probe, training - {"data", "size", "backbone", "norm", "amp", "seed"}, "--probe"),
+        (cfg.loss in ("base", "infonce", "dcl"), q | {"threshold", "quantile"}, f"--loss {cfg.loss}"),
+        (cfg.loss == "base", {"alpha", "hex_warmup"} | {"temperature"} - takes.keys(), "--loss base"),
+        (cfg.loss == "released", q, "--loss released"),
         (cfg.threshold != "adaptive", {"quantile"}, f"--threshold {cfg.threshold}"),
-        (cfg.threshold != "step", {"drop", "drop_every"}, f"--threshold {cfg.threshold}"),
-        (True, HEADS - {"temperature"} - takes.keys(), f"--method {cfg.method}"),
+        (True, {*HEADS} - takes.keys(), f"--method {cfg.method}"),
         (cfg.data == "shapes", {"root"}, "--data shapes"),
-        (cfg.data not in ("imagenet", "folder"), {"classes", "skip_bad_files"}, f"--data {cfg.data}")]
+        (not folder, {"classes", "skip_bad_files"}, f"--data {cfg.data}")]
     for condition, names, reason in no_effect:
         for name in sorted(names & given.keys()) if condition else ():
-            raise UserError(f"{flag(name)} {given[name]}: has no effect beside {reason}; leave it out", 2)
-    ranks, least = process()[1], max(0, cfg.epochs - 1)
-    rules = [                                                   # (broken, what to do)
-        (cfg.data in ("imagenet", "folder") and not os.path.isdir(cfg.root or ""), f"--root {cfg.root}: is no folder; "
-         f"--data {cfg.data} needs --root DIR"),
-        (cfg.accumulate % ranks and cfg.batch_size % ranks, f"--batch-size {cfg.batch_size}: does not divide over "
-         f"{ranks} ranks; give --batch-size {-(-cfg.batch_size // ranks) * ranks}"),
-        (cfg.epochs and cfg.hex_warmup > least, f"--hex-warmup {cfg.hex_warmup}: leaves none of {cfg.epochs} epochs to "
-         f"the loss; give --hex-warmup {least} or less"),
-        (cfg.epochs and cfg.lr_warmup > least, f"--lr-warmup {cfg.lr_warmup}: leaves none of {cfg.epochs} epochs to a "
-         f"falling rate; give --lr-warmup {least} or less"),
-        (cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"), f"--threshold oracle: --data {cfg.data} "
-         "has no super-classes; give --data shapes or cifar100"),
-        (cfg.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU is visible; give --device cpu"),
-        (cfg.backbone == "pixels" and cfg.epochs and not cfg.probe, "--backbone pixels: has no weights; add --epochs 0")]
-    for broken, message in rules:
-        if broken:
-            raise UserError(message, 2)
-
+            fail(f"{flag(name)} {given[name]}: has no effect beside {reason}; leave it out")
+    if folder and not os.path.isdir(cfg.root or ""):
+        fail(f"--root {cfg.root}: is no folder; --data {cfg.data} needs --root DIR")
+    if cfg.accumulate % process()[1] and cfg.batch_size % process()[1]:
+        fail(f"--batch-size {cfg.batch_size}: give a multiple of the {process()[1]} ranks")
+    for name in ("hex_warmup", "lr_warmup"):
+        if cfg.epochs and getattr(cfg, name) >= cfg.epochs:
+            fail(f"{flag(name)} {getattr(cfg, name)}: must be less than the {cfg.epochs} epochs")
+    if cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"):
+        fail(f"--threshold oracle: --data {cfg.data} has no super-classes; give --data shapes or cifar100")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no GPU is visible; give --device cpu")
+    if cfg.backbone == "pixels" and cfg.epochs and not cfg.probe:
+        fail("--backbone pixels: has no weights to train; add --epochs 0")
 
 def load_backbone(path, cfg):
     """A backbone.pt, or a torchvision file of that architecture; its classifier's keys are left out."""
@@ -1634,99 +1380,92 @@ def load_backbone(path, cfg):
     mine = backbone.state_dict()
 
     def fill(file):
-        state = read_tensors(file)
-        for name in [name for name in state if name not in mine and re.match(r"(fc|classifier|heads?)\.", name)]:
-            del state[name]                                     # in place: it keeps _metadata
-        for name in state.keys() & mine.keys():
-            if state[name].dtype != mine[name].dtype:
-                raise UserError(f"{path}: {name} is {state[name].dtype}, not {mine[name].dtype}; give another file")
-        try:
-            backbone.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"{path}: is not of --backbone {cfg.backbone} at --size {cfg.size}: "
-                            f"{' '.join(str(error).split())[:300]}; name its --backbone") from error
+        state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code from the file
+        for name in [k for k in state if re.match(r"(fc|classifier|heads?)\.", k) and k not in mine]:
+            del state[name]                                                     # in place: it keeps _metadata
+        require(all(state[k].dtype == mine[k].dtype for k in state.keys() & mine.keys()), "another dtype")
+        backbone.load_state_dict(state)
         return backbone
-    return read(path, fill, "give a run's backbone.pt")
-
+    return read(path, fill, f"give a file of --backbone {cfg.backbone} at --size {cfg.size}")
 
 def default_out(cfg):
     """runs/<data>-<method>-<loss>-s<seed>, and what differs from the recipe."""
-    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}" if cfg.probe else f"{cfg.method}-{cfg.loss}"
-    plain = vars(Config(**resolve(cfg.recipe, cfg.method, {}))) | dict(data=cfg.data, method=cfg.method, loss=cfg.loss,
-                                                                       seed=cfg.seed)
-    plain["amp"] = plain["amp"] if cfg.device == "cuda" else "off"
-    further = "" if cfg.probe else "".join(f"-{name}_{getattr(cfg, name)}" for name in EXPERIMENT
-                                           if getattr(cfg, name) != plain[name])
-    name = re.sub(r"[^\w.+-]+", "_", f"{cfg.data}-{about}-s{cfg.seed}{further}")
+    named = {name: getattr(cfg, name) for name in ("data", "method", "loss", "seed")}
+    plain = resolve(cfg.recipe, cfg.method, named | ({} if cfg.device == "cuda" else {"amp": "off"}))
+    name = f"{cfg.data}-{cfg.method}-{cfg.loss}-s{cfg.seed}" + "".join(
+        f"-{key}_{getattr(cfg, key)}" for key in EXPERIMENT if getattr(cfg, key) != plain[key])
+    if cfg.probe:
+        name = f"{cfg.data}-probe-{os.path.basename(os.path.dirname(cfg.probe))}-s{cfg.seed}"
+    name = re.sub(r"[^\w.+-]+", "_", name)
     return os.path.join("runs", name if len(name) < 200 else name[:180] + "-" + fingerprint(name)[:12])
-
 
 @contextlib.contextmanager
 def open_run(out, cfg, argv, identity):
     """The run's folder: made, or found to be of the same experiment and data; locked meanwhile."""
-    path, code, there = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read()), {}
-    if os.path.exists(path):
-        there = read(path, lambda file: dict(json.load(file)), "give another --out")
-        if there.get("identity") != identity and not cfg.probe:
-            differing = [f"{flag(name)} {there['config'].get(name)} there, {getattr(cfg, name)} here"
-                         for name in EXPERIMENT if there["config"].get(name) != getattr(cfg, name)]
-            raise UserError(f"--out {out}: holds another experiment ({'; '.join(differing) or 'of other data'}); give "
-                            "another --out")
-        if there.get("code") != code:
-            announce(f"warning: hex.py has changed since {out} was begun")
-    elif os.path.lexists(out) and (not os.path.isdir(out) or set(os.listdir(out)) - {"config.json.tmp", "lock"}):
+    path, code, lock = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read()), None
+    saved = read_json(path, "give another --out")
+    if saved and saved.get("identity") != identity and not cfg.probe:
+        there = saved.get("config", {})
+        differing = [f"{flag(name)} {there.get(name)} there, {getattr(cfg, name)} here"
+                     for name in EXPERIMENT if there.get(name) != getattr(cfg, name)] or ["of other data"]
+        raise UserError(f"--out {out}: holds another experiment ({'; '.join(differing)}); give another --out")
+    if saved and saved.get("code") != code:
+        announce(f"warning: hex.py has changed since {out} was begun")
+    if not saved and os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= {"lock"}):
         raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
-    lock = None
     if process()[0] == 0:
         try:
             os.makedirs(out, exist_ok=True)
             lock = open(os.path.join(out, "lock"), "a")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # its owner's death releases it
-        except BlockingIOError as error:
-            raise UserError(f"--out {out}: another run is at work there; wait for it, or give another --out") from error
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                   # its owner's death releases it
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be made ({error.strerror}); give another --out") from error
-        if cfg.probe or not there:
-            versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
-            write_json(path, dict(config=asdict(cfg), identity=identity, code=code, command=["hex.py", *argv],
-                                  versions=versions, ranks=process()[1], threads=torch.get_num_threads()))
+            reason = "another run is at work there" if lock else error.strerror
+            raise UserError(f"--out {out}: cannot be used ({reason}); give another --out") from error
+        if cfg.probe or not saved:
+            write_json(path, dict(config=vars(cfg), identity=identity, code=code, command=["hex.py", *argv],
+                                  versions=dict(python=sys.version.split()[0], torch=torch.__version__,
+                                                torchvision=torchvision.__version__),
+                                  ranks=process()[1], threads=torch.get_num_threads()))
     wait_for_all()
     with lock or contextlib.nullcontext():
         yield
 
-
 def run(cfg, argv):
     torch.backends.cudnn.benchmark = True                                       # the sizes of a run are fixed
     # Whatever is wrong with the command shows before the run's folder is made.
-    backbone = load_backbone(cfg.probe, cfg) if cfg.probe else None
-    model = None if cfg.probe else build_model(cfg)
+    backbone, model = (load_backbone(cfg.probe, cfg), None) if cfg.probe else (None, build_model(cfg))
     train, val = load_data(cfg)
-    labelled = val is not None and train.targets is not None
+    labelled, step = val is not None and train.targets is not None, cfg.batch_size * cfg.accumulate
     if labelled:
         labelled_pictures(cfg, train.targets)
-    if cfg.probe and not labelled:
-        raise UserError(f"--root {cfg.root}: holds no train/ and val/ with labels to probe; give another", 2)
-    if model and cfg.epochs and len(train) < cfg.batch_size * cfg.accumulate:
-        cure = f"--batch-size {len(train) // cfg.accumulate}" if len(train) >= 2 * cfg.accumulate else "--accumulate 1"
-        raise UserError(f"{len(train)} train pictures are fewer than the {cfg.batch_size} x {cfg.accumulate} of a step; "
-                        f"give {cure}", 2)
+    elif cfg.probe:
+        fail(f"--root {cfg.root}: holds no train/ and val/ with labels to probe; give another")
+    if model and cfg.epochs and len(train) < step:
+        cure = f"--batch-size {max(2, len(train) // cfg.accumulate)}" + " --accumulate 1" * (
+            len(train) < 2 * cfg.accumulate)
+        fail(f"{len(train)} pictures are less than the {step} of a step; give {cure}")
     data = fingerprint(train.identity(), val.identity() if val else b"")
-    identity, out = fingerprint({name: getattr(cfg, name) for name in EXPERIMENT}, data), cfg.out or default_out(cfg)
+    identity = fingerprint({name: getattr(cfg, name) for name in EXPERIMENT}, data)
+    out = cfg.out or default_out(cfg)
     final, results = os.path.join(out, "backbone.pt"), os.path.join(out, "probe.json")
     agree([identity, os.path.exists(final)], cfg, "data, options or --out")
     with open_run(out, cfg, argv, identity):
-        announce(f"{out}: {in_short(cfg, train, val)}")
+        chosen = " ".join(f"{key}={value}" for key, value in vars(cfg).items() if value not in (None, False))
+        announce(f"{out}: {len(train)} train and {len(val or ())} val pictures"
+                 f"{'' if labelled else ', so no probe and no k-NN'}; {process()[1]} ranks; {chosen}")
+        if cfg.recipe in ("cifar", "imagenet") and torch.version.cuda and not torch.cuda.is_available():
+            announce(f"warning: no GPU is visible, and the recipe {cfg.recipe} is for one")
         new, found = not cfg.probe and not os.path.exists(final), None
         if new:
-            backbone = pretrain(model, cfg, train, val, out, identity)
+            backbone = pretrain(model, cfg, train, val, out, identity).to("cpu")
             if process()[0] == 0:
-                write(final, partial(torch.save, backbone.to("cpu").state_dict()))
+                write(final, partial(torch.save, backbone.state_dict()))
         elif not cfg.probe:
             backbone = load_backbone(final, cfg)
         if labelled:
             names = ("probe_epochs", "label_fraction", "seed", "amp", "backbone", "size", "norm", "data")
             about = fingerprint({name: getattr(cfg, name) for name in names}, data, backbone)
-            found = read(results, lambda file: dict(json.load(file)), "delete it") if os.path.exists(results) else {}
+            found = read_json(results, "delete it")
             if found.get("identity") != about:
                 found, new = linear_probe(backbone, cfg, train, val) | dict(identity=about), True
                 if process()[0] == 0:
@@ -1737,71 +1476,48 @@ def run(cfg, argv):
         if not new:
             announce(f"finished before, nothing was run; delete {out} to repeat")
 
-
-def in_short(cfg, train, val):
-    """One line: what was chosen."""
-    line = f"{cfg.data}, {len(train)} train and {len(val) if val else 'no'} val pictures"
-    line += ", no labels: no probe, no purity, no k-NN" if train.targets is None else ""
-    if not cfg.probe:
-        line += (f"; {cfg.method} {cfg.loss}, tau {cfg.temperature}, HEX after {cfg.hex_warmup} epochs; {cfg.epochs} epochs "
-                 f"of {cfg.batch_size} x {cfg.accumulate}, rate {cfg.lr}, warm-up {cfg.lr_warmup} epochs")
-    gpu = torch.version.cuda and not torch.cuda.is_available() and cfg.recipe in ("cifar", "imagenet")
-    return (f"{line}; {cfg.backbone} at {cfg.size} px; {cfg.device}, {cfg.amp}, {process()[1]} ranks, {cfg.workers} workers"
-            + ("; NO GPU IS VISIBLE, and this recipe is for one" if gpu else ""))
-
-
-def report(out, result):
+def report(out, found):
     """On stdout: the accuracies, what has emerged, and what the run left."""
-    if result:
-        print(f"{out}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, k-NN {result['knn']:.2f} %")
+    if found:
+        print(f"{out}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, k-NN {found['knn']:.2f} %")
     metrics = os.path.join(out, "metrics.jsonl")
     events = [json.loads(line) for line in open(metrics)] if os.path.exists(metrics) else []
     epochs = [event for event in events if event["event"] == "epoch"]
-    for name, event in zip(("before:", "after: "), (epochs[:1] + epochs[-1:])):
-        print(f"{name} {in_words(event)}")
+    for name, event in zip(("before:", "after: "), epochs[:1] + epochs[-1:]):
+        print(name, in_words(event))
     print(f"in {out}: {', '.join(sorted({*os.listdir(out)} - {'lock'}))}")
 
-
-KNOWN = {   # what an error of PyTorch means to the user
-    "out of memory": "out of memory: lower --batch-size, or take more GPUs",
-    "shared memory": "shared memory is full: give --workers 0, or a container more of it (--shm-size)",
-    "DataLoader worker": "a loader process was killed, perhaps for lack of memory: give fewer --workers",
-    "ddress already in use": "the port is in use: give torchrun another --master-port",
-    "Connection closed by peer": "another rank has ended: see what it says",
-    "Connection reset by peer": "another rank has ended: see what it says"}
-
+# Errors of PyTorch whose first line says enough; any other is a fault of ours, and keeps its traceback.
+KNOWN = ("out of memory", "shared memory", "DataLoader worker", "already in use", "closed by peer", "reset by peer")
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
-    argv, own, line, status = sys.argv[1:] if argv is None else list(argv), False, None, 0
+    argv, own, status = sys.argv[1:] if argv is None else list(argv), False, 0
     try:
         cfg, _ = parse(argv)
         own = process()[1] > 1 and not dist.is_initialized()
         if own:
             if cfg.device == "cuda":
                 torch.cuda.set_device(process()[2])
-            before = signal.signal(signal.SIGINT, signal.SIG_DFL)               # Python's would wait for the others
+            before = signal.signal(signal.SIGINT, signal.SIG_DFL)         # Python's would wait for the others
             dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[cfg.device])
             signal.signal(signal.SIGINT, before)
         run(cfg, argv)
-    except (Interrupted, KeyboardInterrupt):
+    except KeyboardInterrupt:
         line, status = "interrupted, run the same command again", INTERRUPTED
-    except UserError as error:                                                  # a loader's comes with a traceback
-        line, status = "error: " + str(error).rpartition("UserError: ")[2], error.status
+    except UserError as error:                                             # a loader's comes with a traceback
+        line, status = "error: " + str(error).rpartition("Error: ")[2], error.status
     except Exception as error:
-        line, status = next((f"error: {known}" for text, known in KNOWN.items() if text in str(error)), None), 1
-        if not line and not own:
-            raise
-        if not line:
+        line, status = "error: " + str(error).strip().split("\n")[0], 1
+        if not any(each in line for each in KNOWN):
             traceback.print_exc()
-    if line and (status != 2 or not own or process()[0] == 0):                  # a wrong command: one line is enough
+    if status and (status != 2 or not own or process()[0] == 0):         # a wrong command: one line is enough
         print(f"hex.py: {clean(line)}", file=sys.stderr, flush=True)
     if own and status:
-        os._exit(status)                                                        # to destroy the group is to wait for peers
+        os._exit(status)                                                # to destroy the group waits for peers
     if own:
         dist.destroy_process_group()
     return status
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: MIT
+"""Every table and plot of .results/README.md, from runs.jsonl and mechanism.jsonl. From the top folder:
+
+    python .results/report.py
+
+Writes what stands between the markers in README.md, and the plots; the same lines give the same bytes.
+"""
+import collections
+import dataclasses
+import functools
+import itertools
+import os
+from statistics import mean, stdev
+
+import numpy as np
+from plot import COLORS, GRAY, INK, PALE, Picture, axis, legend, panel, read_events, ticks
+from study import HERE, MECHANISM, PAIR, RUNS, SETTINGS, SIX, STUDY, TRAINED, key
+
+DRAWS, LEVEL, POWER = 10_000, 0.05, 0.8
+WAYS = ("bootstrap", "components", "seeds")             # of reckoning an interval
+DECIDING = ("bootstrap", "seeds")                       # the widest of these is the report's
+README, BEGIN, END = os.path.join(HERE, "README.md"), "<!-- tables -->", "<!-- /tables -->"
+MEASURES = {"top1": ("top-1", "right"), "knn": ("k-NN", "knn_right")}
+
+# --- Lines --------------------------------------------------------------------------------------------------
+
+
+def load(path):
+    """The lines of the hex.py that most of them are of, and how many others there are."""
+    lines = read_events(path)
+    counts = collections.Counter(line["code"] for line in lines)
+    code = max(counts, key=lambda each: (counts[each], each), default=None)
+    return [line for line in lines if line["code"] == code], len(lines) - counts[code], code
+
+
+def table_of(lines):
+    """{(data, flags, arm): {seed: line}}."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(key(line)[:3], {})[line["seed"]] = line
+    return groups
+
+
+def references(arm):
+    """What an arm is measured against."""
+    if arm in ("infonce", "random", "pixels"):
+        return ()
+    if arm == "released":
+        return "infonce", "dcl"
+    return ("dcl",) if "--decoupled" in arm else ("infonce",)
+
+
+def right(line, measure):
+    """(pictures,) which val pictures were right, 0 or 1."""
+    packed = np.frombuffer(bytes.fromhex(line["probe"][MEASURES[measure][1]]), np.uint8)
+    return np.unpackbits(packed, count=line["probe"]["val"])
+
+
+# --- Statistics ---------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(8)
+def student(df):
+    """A grid of t >= 0 and the share of Student's distribution within +-t (t = sqrt(df) tan(angle))."""
+    angle = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (df - 1)
+    within = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return np.sqrt(df) * np.tan(angle), within / within[-1]
+
+
+def t_within(share, df):
+    """The t that holds this share of the distribution within +-t."""
+    grid, within = student(df)
+    return float(np.interp(share, within, grid))
+
+
+def t_test_p(t, df):
+    grid, within = student(df)
+    return float(1 - np.interp(abs(t), grid, within))
+
+
+def drawn_pictures(differences, pictures):
+    """differences (rows, pictures) -> (DRAWS, rows): sums over pictures drawn with replacement."""
+    generator, out = np.random.default_rng(0), []
+    transposed = np.ascontiguousarray(differences.T, np.float32)                # small integers: exact
+    for _ in range(DRAWS // 500):
+        drawn = generator.integers(pictures, size=(500, pictures)) + pictures * np.arange(500)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=500 * pictures).reshape(500, pictures)
+        out.append(counts.astype(np.float32) @ transposed)
+    return np.concatenate(out)
+
+
+@dataclasses.dataclass
+class Way:
+    """What one way of reckoning says of a difference."""
+    interval: tuple
+    p: float
+    error: float
+    df: float
+
+    def visible(self, level):
+        return (t_within(1 - level, self.df) + t_within(2 * POWER - 1, self.df)) * self.error
+
+
+class Comparison:
+    """An arm less its reference in one measure, in percent, paired by seed and by picture."""
+
+    def __init__(self, row, arm, reference, measure, pairs):
+        self.row, self.arm, self.reference, self.measure = row, arm, reference, measure
+        signs = [right(ours, measure).astype(np.int8) - right(theirs, measure) for ours, theirs in pairs]
+        self.signs = np.stack(signs).astype(np.int8)                        # (seeds, pictures): -1, 0 or 1
+        self.n, self.pictures = self.signs.shape
+        self.difference = 100 * float(self.signs.mean())
+        self.p = self.holm = None
+
+    def judge(self, sums):
+        """Intervals, p and what could have been seen, three ways. sums: (DRAWS, n), over drawn pictures."""
+        self.ways = dict(zip(WAYS, (self.by_bootstrap(sums), self.by_components(), self.by_seeds())))
+        deciding = [self.ways[name] for name in DECIDING]
+        self.interval = max((way.interval for way in deciding), key=lambda each: each[1] - each[0])
+        self.p = max(way.p for way in deciding)
+
+    def visible(self, level):
+        """The smallest true difference that a test at this level finds in 80 % of studies like this one."""
+        return max(self.ways[name].visible(level) for name in DECIDING)
+
+    def by_bootstrap(self, sums):
+        drawn = np.random.default_rng(1).integers(self.n, size=(DRAWS, self.n))
+        draws = 100 * np.take_along_axis(sums, drawn, 1).mean(1, dtype=np.float64) / self.pictures
+        ends = np.percentile(draws, [100 * LEVEL / 2, 100 - 100 * LEVEL / 2]).tolist()
+        tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+        return Way(tuple(ends), min(1.0, 2 * (tail + 1) / (DRAWS + 1)), float(draws.std()), 1000)
+
+    def by_seeds(self):
+        return self.by_t(self.signs.mean(1).var(ddof=1) / self.n, self.n - 1)
+
+    def by_components(self):
+        """signs = mean + seed + picture + rest, all random; degrees of freedom by Satterthwaite."""
+        n, m = self.signs.shape
+        seed, picture = self.signs.mean(1, keepdims=True), self.signs.mean(0, keepdims=True)
+        rest = self.signs - seed - picture + self.signs.mean()
+        dfs = n - 1, m - 1, (n - 1) * (m - 1)
+        squares = m * seed.var(ddof=1), n * picture.var(ddof=1), (rest ** 2).sum() / dfs[2]
+        total = max(squares[0], squares[2]) + max(squares[1] - squares[2], 0)   # no variance is below 0
+        df = total ** 2 / max(1e-12, sum(square ** 2 / df for square, df in zip(squares, dfs)))
+        return self.by_t(total / (n * m), min(max(df, n - 1), 1000.0))
+
+    def by_t(self, variance, df):
+        error = 100 * float(variance) ** 0.5
+        half = t_within(1 - LEVEL, df) * error
+        p = t_test_p(self.difference / error, df) if error else float(self.difference == 0)
+        return Way((self.difference - half, self.difference + half), p, error, df)
+
+    def __str__(self):
+        return f"`{self.arm}` - `{self.reference}`"
+
+
+def compare(groups):
+    """All comparisons for which there are pairs, and those of them that are judged; Holm's is over these."""
+    made = {}
+    for row in STUDY:
+        for arm in row.arms:
+            for reference in references(arm):
+                ours, theirs = (groups.get((row.data, row.flags, each), {}) for each in (arm, reference))
+                pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+                for measure in MEASURES if pairs else ():
+                    name = row.data, row.flags, arm, reference, measure
+                    if name not in made:
+                        made[name] = Comparison(row, arm, reference, measure, pairs)
+    judged = [each for each in made.values() if each.n > 1]
+    for pictures in sorted({each.pictures for each in judged}):
+        same = [each for each in judged if each.pictures == pictures]
+        sums = drawn_pictures(np.concatenate([each.signs for each in same]), pictures)
+        ends = np.cumsum([each.n for each in same])
+        for each, part in zip(same, np.split(sums, ends[:-1], axis=1)):
+            each.judge(part)
+    running = 0.0
+    for place, each in enumerate(sorted(judged, key=lambda each: each.p)):
+        running = max(running, min(1.0, (len(judged) - place) * each.p))
+        each.holm = running
+    return list(made.values()), judged
+
+
+# --- Tables -------------------------------------------------------------------------------------------------
+
+
+def table(head, rows):
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+                     + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def spread(values, digits=1):
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def where(data, flags):
+    return f"{data} `{flags}`" if flags else data
+
+
+def probability(p):
+    return f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+
+
+STATISTICS = """\
+Differences in points of percent, paired by seed and by val picture (n: seeds). 95 % intervals, three ways:
+
+- *bootstrap*: {draws} draws of seeds and, crossed with them, of val pictures; percentiles. With few seeds
+  (n = 3) it takes too little of the seeds' variance (anti-conservative); of single answers' it takes up to
+  three times too much (conservative).
+- *components*: seeds, pictures and the rest as crossed random effects; t, Satterthwaite's degrees of freedom.
+- *seeds*: t over the seeds' differences. It does not know that the val pictures are a sample.
+
+The interval of this report, in bold, is the widest of {deciding}; p is the largest of the same
+tests' (two-sided). Holm's correction is over all {count} comparisons below (top-1 and k-NN count as two).
+*Could have seen*: the smallest true difference that {power:.0f} % of such studies find, at the 5 % level / at
+the corrected one (0.05 / {count}). A single pair has no interval and is no comparison.
+"""
+
+
+def comparison_tables(made, judged):
+    count = len(judged)
+    out = [STATISTICS.format(draws=f"{DRAWS:,}", deciding=" and ".join(f"*{name}*" for name in DECIDING),
+                             count=count, power=100 * POWER)]
+    found = [f"- {each}, {where(*each.row[1:3])}, {MEASURES[each.measure][0]}: {each.difference:+.2f}"
+             for each in judged if each.holm < LEVEL]
+    out.append("\n".join([f"**After the correction, {len(found)} of {count} differ from 0.**\n", *found, ""]))
+    head = ("data", "comparison", "", "n", "difference", *WAYS, "p", "Holm", "could have seen")
+    for part in dict.fromkeys(each.row.part for each in made):
+        rows = []
+        for each in made:
+            if each.row.part == part:
+                row = [where(*each.row[1:3]), str(each), MEASURES[each.measure][0], str(each.n),
+                       f"{each.difference:+.2f}"]
+                if each.n > 1:
+                    for name in WAYS:
+                        ends = each.ways[name].interval
+                        bold = "**" if name in DECIDING and ends == each.interval else ""
+                        row.append(f"{bold}{ends[0]:+.2f} to {ends[1]:+.2f}{bold}")
+                    row += [probability(each.p), probability(each.holm),
+                            f"{each.visible(LEVEL):.2f} / {each.visible(LEVEL / count):.2f}"]
+                rows.append(row + [""] * (len(head) - len(row)))
+        out.append(f"#### {part}\n\n{table(head, rows)}\n")
+    return "\n".join(out)
+
+
+def run_table(groups):
+    rows = []
+    for data, flags, arm in dict.fromkeys((row.data, row.flags, arm) for row in STUDY for arm in row.arms):
+        lines = [line for _, line in sorted(groups.get((data, flags, arm), {}).items())]
+        if not lines:
+            continue
+        last = [line["epochs"][-1] for line in lines if line["epochs"]]
+        row = [where(data, flags), f"`{arm}`", str(len(lines))]
+        row += [spread(line["probe"][name] for line in lines) for name in ("top1", "knn")]
+        row.append(spread(max(line["probe"]["holdout"].values()) for line in lines))
+        if arm == "pixels":
+            last = []
+        for name, digits in (("rankme", 1), ("threshold", 3), ("local", 1), ("purity", 2), ("chance", 2),
+                             ("step_empty", 2), ("step_clamped", 2)):
+            values = [each[name] for each in last if each.get(name) is not None]
+            row.append(f"{mean(values):.{digits}f}" if values else "")
+        rows.append([*row, spread((line["seconds"] for line in lines), 0)])
+    return table(("data", "arm", "n", "top-1", "k-NN", "holdout", "RankMe", "eps", "mean H", "same class",
+                  "chance", "empty", "floor", "seconds"), rows)
+
+
+def at_epochs(groups, data, flags, arm, name, seeds):
+    """[mean over the seeds, after each epoch]; None where none is logged."""
+    runs = [groups[data, flags, arm][seed]["epochs"] for seed in seeds]
+    values = [[run[i].get(name) for run in runs] for i in range(min(map(len, runs)))]
+    return [mean(each) if None not in each else None for each in values]
+
+
+def common_seeds(groups, data, flags, arms):
+    return sorted(set.intersection(*(set(groups.get((data, flags, arm), {})) for arm in arms)))
+
+
+class Uniform:
+    """The threshold of points spread uniformly on the sphere in D dimensions; interpolated in log D."""
+
+    def __init__(self, mechanism, quantile):
+        found = [line for line in mechanism if line["kind"] == "uniform" and line["quantile"] == quantile]
+        self.known = bool(found)
+        if found:
+            points = sorted((int(d), eps) for d, eps in found[0]["thresholds"].items())
+            self.log_d, self.eps = np.log([d for d, _ in points]), np.array([eps for _, eps in points])
+
+    def threshold(self, dimension):
+        return float(np.interp(np.log(max(dimension, 1)), self.log_d, self.eps))
+
+    def dimension(self, threshold):
+        if not self.eps[-1] <= threshold <= self.eps[0]:
+            return "beyond the simulated"
+        return f"{np.exp(np.interp(threshold, self.eps[::-1], self.log_d[::-1])):.1f}"
+
+
+def uniformity_table(groups, uniform):
+    rows = []
+    for data, flags in TRAINED if uniform.known else ():
+        seeds = common_seeds(groups, data, flags, PAIR)
+        if not seeds:
+            continue
+        dim = groups[data, flags, "infonce"][seeds[0]]["config"]["dim"]
+        wanted = ("infonce", "threshold"), ("hex", "threshold"), ("infonce", "rankme")
+        curves = [at_epochs(groups, data, flags, *each, seeds) for each in wanted]
+        last = min(map(len, curves)) - 1
+        for epoch in sorted({0, round(last / 4), round(last / 2), last}):
+            infonce, ours, rank = (curve[epoch] for curve in curves)
+            if None not in (infonce, ours, rank):
+                in_dim, in_rank = uniform.threshold(dim), uniform.threshold(rank)
+                rows.append([where(data, flags), str(len(seeds)), str(epoch), f"{infonce:.3f}", f"{ours:.3f}",
+                             f"{in_dim:.3f} ({dim})", f"{in_rank:.3f} ({rank:.1f})",
+                             uniform.dimension(infonce)])
+    head = ("data", "n", "epoch", "eps, infonce", "eps, hex", "uniform, D = dim", "uniform, D = RankMe",
+            "D of eps")
+    return table(head, rows) if rows else ""
+
+
+def mechanism_tables(mechanism):
+    batch = [line for line in mechanism if line["kind"] == "batch"]
+    index = {(*key(line)[:3], *(line[name] for name in SETTINGS)): line for line in batch}
+    trained, rows, out = list(dict.fromkeys(key(line)[:3] for line in batch)), [], []
+    for group in trained:
+        for quantile in SETTINGS["quantile"]:
+            lines = [index.get((*group, tau, quantile, 1, 0.1)) for tau in SETTINGS["temperature"]]
+            if None not in lines:
+                row = [f"{lines[0][name]:.3f}" for name in ("threshold", "local", "purity", "chance")]
+                row += [f"{line['share_infonce']:.3f}" for line in lines]
+                rows.append([where(*group[:2]), f"`{group[2]}`", f"{quantile}", *row])
+    if not rows:
+        return ""
+    shares = [f"its share, tau {tau}" for tau in SETTINGS["temperature"]]
+    out.append("What H(i) is, and which share of InfoNCE's denominator it has, by temperature:\n\n" + table(
+        ("data", "trained by", "q", "eps", "mean H", "same class", "chance", *shares), rows) + "\n")
+    figures = dict(share_hex=3, clamped=2, gradient_cosine=4, gradient_ratio=2)             # and their digits
+    head = ("tau", "q", "tau_plus", "share, InfoNCE", "share, HEX", "floor", "cosine", "ratio of norms")
+    outer = [SETTINGS[name] for name in ("temperature", "quantile", "tau_plus")]
+    betas = " / ".join(map(str, SETTINGS["beta"]))
+    for group in trained:
+        rows = []
+        for tau, quantile, tau_plus in itertools.product(*outer) if group[2] == "infonce" else ():
+            lines = [index.get((*group, tau, quantile, beta, tau_plus)) for beta in SETTINGS["beta"]]
+            if None not in lines:
+                rows.append([f"{tau}", f"{quantile}", f"{tau_plus}", f"{lines[0]['share_infonce']:.3f}"]
+                            + [" / ".join(f"{line[name]:.{digits}f}" for line in lines)
+                               for name, digits in figures.items()])
+        if rows:
+            lines = [line for line in batch if key(line)[:3] == group]
+            least = min(lines, key=lambda line: line["gradient_cosine"])
+            out.append(f"{where(*group[:2])}, trained by `{group[2]}`; in a cell: beta {betas}\n\n"
+                       f"{table(head, rows)}\n\nThe least cosine: {least['gradient_cosine']:.4f}, at "
+                       + ", ".join(f"{name} {least[name]}" for name in SETTINGS) + ".\n")
+    return "\n".join(out)
+
+
+# --- Plots --------------------------------------------------------------------------------------------------
+
+
+def color_of(arm):
+    return COLORS[SIX.index(arm) if arm in SIX else -1]
+
+
+def draw_differences(judged):
+    """Top-1 against infonce: the difference and its interval, of every row of the study."""
+    chosen = [each for each in judged
+              if each.measure == "top1" and each.reference == "infonce" and each.arm != "base"]
+    if not chosen:
+        return None
+    picture, left, right_end, top = Picture(900, 70 + 20 * len(chosen)), 480, 880, 34
+    bottom = top + 20 * len(chosen)
+    reach = min(12.0, 1.05 * max(abs(end) for each in chosen for end in each.interval)) or 1.0
+    to_x = axis(-reach, reach, left, right_end)
+    picture.text(10, 14, "top-1 less that of infonce, points; 95 % intervals", 13)
+    for each in ticks(-reach, reach, 9):
+        picture.line([(to_x(each), top), (to_x(each), bottom)], INK if abs(each) < 1e-9 else PALE, 1)
+        number = f"{round(each, 6):+g}" if abs(each) > 1e-9 else "0"
+        picture.text(to_x(each), bottom + 12, number, 11, GRAY, "mm")
+    for i, each in enumerate(chosen):
+        y, color = top + 10 + 20 * i, color_of(each.arm)
+        picture.text(10, y, f"{each.row.data} {each.row.flags}".strip(), 11, GRAY)
+        picture.text(left - 40, y, each.arm, 11, color, "rm")
+        picture.text(left - 8, y, f"n {each.n}", 11, GRAY, "rm")
+        low, high = (min(max(end, -reach), reach) for end in each.interval)
+        picture.line([(to_x(low), y), (to_x(high), y)], color, 2)
+        if abs(each.difference) <= reach:
+            picture.dot(to_x(each.difference), y, color)
+    picture.save(os.path.join(HERE, "differences.png"))
+    return "differences.png"
+
+
+def draw_arms(groups):
+    """Top-1 of each seed, the same seeds for all arms of a panel; a bar at their mean."""
+    panels = [(*each, seeds) for each in TRAINED if (seeds := common_seeds(groups, *each, SIX))]
+    if not panels:
+        return None
+    width, height = 350, 260
+    picture = Picture(width * len(panels), height)
+    for place, (data, flags, seeds) in enumerate(panels):
+        left, right_end, top, bottom = place * width + 44, (place + 1) * width - 10, 30, height - 46
+        values = {arm: [groups[data, flags, arm][seed]["probe"]["top1"] for seed in seeds] for arm in SIX}
+        flat = [value for each in values.values() for value in each]
+        margin = 0.1 * (max(flat) - min(flat)) or 1
+        to_y = axis(min(flat) - margin, max(flat) + margin, bottom, top)
+        picture.text(left, 14, f"{data} {flags}, top-1, n {len(seeds)}", 12)
+        for each in ticks(min(flat) - margin, max(flat) + margin):
+            picture.line([(left, to_y(each)), (right_end, to_y(each))], PALE, 1)
+            picture.text(left - 5, to_y(each), f"{round(each, 6):g}", 11, GRAY, "rm")
+        for i, (arm, each) in enumerate(values.items()):
+            x = left + (i + 0.5) * (right_end - left) / len(SIX)
+            picture.line([(x - 14, to_y(mean(each))), (x + 14, to_y(mean(each)))], color_of(arm), 3)
+            for turn, value in enumerate(each):
+                picture.dot(x + 16 * (turn / max(1, len(each) - 1) - 0.5), to_y(value), color_of(arm), 2)
+            for line, words in enumerate(arm.split(" --")):
+                picture.text(x, bottom + 12 + 13 * line, words, 9, color_of(arm), "mm")
+    picture.save(os.path.join(HERE, "arms.png"))
+    return "arms.png"
+
+
+def draw_curves(groups, uniform):
+    """Threshold, purity, k-NN over epochs, infonce and hex: means over the seeds that both have."""
+    shown = [(*each, seeds) for each in TRAINED if (seeds := common_seeds(groups, *each, PAIR))]
+    if not shown:
+        return None
+    width, height = 300, 200
+    picture = Picture(3 * width, height * len(shown) + 80)
+    for i, (data, flags, seeds) in enumerate(shown):
+        curve = {(arm, name): list(enumerate(at_epochs(groups, data, flags, arm, name, seeds)))
+                 for arm in PAIR for name in ("threshold", "purity", "chance", "knn", "rankme")}
+        series = {name: [(curve[arm, name], color_of(arm), False) for arm in PAIR]
+                  for name in ("threshold", "purity", "knn")}
+        series["purity"].append((curve["infonce", "chance"], GRAY, True))
+        if uniform.known:
+            alone = [(x, y and uniform.threshold(y)) for x, y in curve["infonce", "rankme"]]
+            series["threshold"].append((alone, GRAY, True))
+        titles = f"{data}, n {len(seeds)}: threshold", "same-class share of H", "k-NN on a subset, %"
+        for column, (title, lines) in enumerate(zip(titles, series.values())):
+            x, y = column * width, i * height
+            panel(picture, (x, y, x + width, y + height), title, lines)
+    legend(picture, 44, height * len(shown) + 16, [
+        *((arm, color_of(arm), False) for arm in PAIR),
+        ("threshold: of points spread uniformly in D = RankMe; share: by chance", GRAY, True)])
+    picture.save(os.path.join(HERE, "curves.png"))
+    return "curves.png"
+
+
+# --- The command --------------------------------------------------------------------------------------------
+
+
+def provenance(lines, others, code, mechanism):
+    if not lines:
+        return "No runs yet.\n"
+    counts = collections.Counter()
+    for line in lines:
+        counts["on {device}: {cpu}, {threads} thread".format(**line["machine"])] += 1
+        counts["with " + ", ".join(f"{name} {version}" for name, version in line["versions"].items())] += 1
+    left = f" {others} runs of other versions of `hex.py` are left out." if others else ""
+    listed = "\n".join(f"- {count} {name}" for name, count in sorted(counts.items()))
+    return (f"{len(lines)} runs in `runs.jsonl` and {len(mechanism)} lines in `mechanism.jsonl`, made by the "
+            f"`hex.py` of code `{code[:16]}`.{left}\n\n{listed}\n")
+
+
+RUN_TEXT = """\
+Linear probe and k-NN on val, and the probe on its holdout of train, in percent: mean ± standard deviation
+over n seeds. The rest: means after the last epoch; *empty* and *floor*: shares of anchors over its steps.
+"""
+MECHANISM_TEXT = """\
+On one fixed batch of 256 train pictures (512 embeddings), seed 0. Shares by autograd: tau dl_i / ds_ij,
+summed over H(i), is its share of the anchor's denominator (0 at the floor). Cosine and ratio: HEX's
+gradient in the embeddings against InfoNCE's. On the models that `hex` trained: in the raw lines.
+"""
+UNIFORM_TEXT = """\
+The threshold beside that of 512 points spread uniformly on the sphere in D dimensions (simulated: normal
+deviates, normalized, mean of 20 draws; interpolated in log D). RankMe: the effective rank of the backbone's
+features. Last column: the D in which uniform points have `infonce`'s threshold.
+"""
+
+
+def main():
+    lines, others, code = load(RUNS)
+    mechanism, *_ = load(MECHANISM)
+    groups, uniform = table_of(lines), Uniform(mechanism, 0.99)
+    made, judged = compare(groups)
+    parts = ["_Made by `python .results/report.py`; do not edit between the markers._\n",
+             provenance(lines, others, code, mechanism)]
+
+    def add(title, *texts):
+        if texts[-1]:
+            parts.extend([f"### {title}\n", *texts])
+
+    def add_plot(name, text):
+        if name:
+            parts.append(f"![{text}]({name})\n")
+
+    add("Differences", comparison_tables(made, judged) if made else "")
+    add_plot(draw_differences(judged), "differences in top-1 with their intervals")
+    add("Runs", RUN_TEXT, run_table(groups) + "\n" if lines else "")
+    add_plot(draw_arms(groups), "top-1 of each seed, the same seeds for all arms")
+    add("The mechanism", MECHANISM_TEXT, mechanism_tables(mechanism))
+    add("Is it uniformity alone?", UNIFORM_TEXT, uniformity_table(groups, uniform))
+    add_plot(draw_curves(groups, uniform), "threshold, same-class share and k-NN over epochs")
+    readme = open(README).read() if os.path.exists(README) else "# Evidence\n"
+    if BEGIN not in readme or END not in readme:
+        readme += f"\n{BEGIN}\n{END}\n"
+    before, rest = readme.split(BEGIN, 1)
+    with open(README, "w") as file:
+        file.write(before + "\n".join([BEGIN, *parts]) + END + rest.split(END, 1)[1])
+    print(f"README.md: {len(lines)} runs, {len(judged)} comparisons")
+
+
+if __name__ == "__main__":
+    main()
