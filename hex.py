@@ -56,7 +56,7 @@ def weighted_nce(cosine, s_p, weight, log_c, tau):
         e.masked_fill_(weight == 0, -math.inf)
         top = torch.maximum(e.amax(1), log_c)
     e = e.sub_(top[:, None]).exp_()
-    total = torch.linalg.vecdot(weight, e) + (log_c - top).exp()
+    total = (weight * e).sum(1) + (log_c - top).exp()
     return top + total.log() - s_p / tau
 
 def info_nce(a, b, temperature=0.1):
@@ -100,7 +100,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
             e = cosine.masked_fill(~local, lowest)
             top = torch.maximum(e.amax(1), s_p)
             e = e.sub_(top[:, None]).div_(tau).exp_()                      # e^{(s - top)/tau} in H(i), else 0
-            L = torch.linalg.vecdot(q, e) - tau_plus * ((s_p - top) / tau).exp()
+            L = (q * e).sum(1) - tau_plus * ((s_p - top) / tau).exp()
             clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
             free = torch.where(clamped, 0, size / (1 - tau_plus))
             weight = q.mul_(free[:, None]).masked_fill_(rest, 1)            # m in H(i), in G(i)
@@ -425,9 +425,11 @@ class HEX(nn.Module):
             embeddings = [e.to(torch.promote_types(e.dtype, torch.float32)) if e.is_floating_point() else e
                           for e in embeddings]
             own, pairs = self.method.loss(*embeddings)
-            loss = own = torch.as_tensor(own, device=embeddings[0].device)
+            own = torch.as_tensor(own, device=embeddings[0].device)
             stats, early = {"own": own.detach()}, epoch < self.warmup
-            if self.name != "base" and not (early and self.warmup_threshold is None):
+            if self.name == "base" or early and self.warmup_threshold is None:
+                loss = own
+            else:
                 require(pairs, f"loss = {self.name!r} needs pairs (a, b), and the method's loss gave none")
                 own = own.detach() if self.alpha == 1 else own      # frees its graph before the next is made
                 threshold = self.threshold if threshold is None else threshold
@@ -567,7 +569,7 @@ class Folder:
                 return TF.pil_to_tensor(picture.convert("RGB"))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{path}: not readable ({reason}): mend it, or give --skip-bad-files") from None
+            raise UserError(f"{clean(path)}: not readable ({reason}): mend it, or give --skip-bad-files") from None
 
     def identity(self):
         """What tells these data from others: the names, wherever ROOT lies."""
@@ -985,6 +987,8 @@ def read(path, reader, remedy):
     try:
         with open(path, "rb") as file:
             return reader(file)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); mend that") from error
     except Exception as error:
@@ -1046,7 +1050,8 @@ def build_model(cfg):
     torch.manual_seed(cfg.seed)
     backbone, width = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     kind, norm = METHODS[cfg.method], group_norm if cfg.norm == "group" else nn.BatchNorm1d
-    heads = {name: getattr(cfg, name) for name in HEADS if name in inspect.signature(kind).parameters}
+    heads = {name: getattr(cfg, name) for name in (*HEADS, "temperature")
+             if name in inspect.signature(kind).parameters}
     try:
         method = kind(backbone, width, norm=norm, **heads)
     except RuntimeError:
@@ -1087,12 +1092,13 @@ def pretrain(model, cfg, train, val, out, identity):
     if os.path.exists(checkpoint):
         def restore(file):
             state = torch.load(file, map_location="cpu", weights_only=True)     # runs no code from the file
-            require(state["identity"] == identity, "another experiment, or other data")
+            if state["identity"] != identity:
+                raise UserError(f"{checkpoint}: is of another experiment, or of other data; give another --out")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             return state["step"], state["logged"]
-        done, logged = read(checkpoint, restore, "give another --out, or delete it to start again")
+        done, logged = read(checkpoint, restore, "delete it to start again")
     agree(done, cfg, "checkpoints")
     log = open(os.path.join(out, "metrics.jsonl"), "ab") if r == 0 else io.BytesIO()
     log.truncate(logged)                                        # what came after the checkpoint comes again
@@ -1320,7 +1326,7 @@ def parse(argv):
     for name, value in given.items():
         kind = OPTIONS[name][1]
         if value == "" or isinstance(kind, tuple) and not kind[1] <= value <= kind[2]:
-            fail(f"{flag(name)} {value!r}: must {'be a name' if value == '' else f'lie in {kind[1:]}'}")
+            fail(f"{flag(name)} {value!r}: {'is empty; leave it out' if value == '' else f'must lie in {kind[1:]}'}")
     chosen = inherited(given) | given
     chosen.setdefault("recipe", RECIPE_OF[chosen.get("data", "shapes")])
     cfg = argparse.Namespace(**resolve(chosen["recipe"], chosen.get("method", "simclr"), chosen))
@@ -1339,6 +1345,8 @@ def inherited(given):
     beside = os.path.join(os.path.dirname(given.get("probe", "")), "config.json")
     if "probe" not in given or {"backbone", "data"} <= given.keys():
         return {}
+    if not os.path.exists(beside):
+        fail(f"--probe {given['probe']}: there is no config.json beside it; name --backbone and --data")
     saved = read(beside, lambda file: dict(json.load(file)["config"]), "name --backbone and --data")
     names = ("recipe", "backbone", "norm", "size") + ("data", "root", "classes") * ("data" not in given)
     return {name: saved[name] for name in names if saved.get(name) is not None}
@@ -1366,7 +1374,7 @@ def check(cfg, given):
         fail(f"--batch-size {cfg.batch_size}: give a multiple of the {process()[1]} ranks")
     for name in ("hex_warmup", "lr_warmup"):
         if cfg.epochs and getattr(cfg, name) >= cfg.epochs:
-            fail(f"{flag(name)} {getattr(cfg, name)}: must be less than the {cfg.epochs} epochs")
+            fail(f"{flag(name)} {getattr(cfg, name)}: leaves no epoch; give {flag(name)} {cfg.epochs - 1} or less")
     if cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"):
         fail(f"--threshold oracle: --data {cfg.data} has no super-classes; give --data shapes or cifar100")
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -1404,14 +1412,14 @@ def open_run(out, cfg, argv, identity):
     """The run's folder: made, or found to be of the same experiment and data; locked meanwhile."""
     path, code, lock = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read()), None
     saved = read_json(path, "give another --out")
-    if saved and saved.get("identity") != identity and not cfg.probe:
-        there = saved.get("config", {})
+    there = saved.get("config", {})
+    if saved and bool(there.get("probe")) != bool(cfg.probe) or saved.get("identity", identity) != identity and not cfg.probe:
         differing = [f"{flag(name)} {there.get(name)} there, {getattr(cfg, name)} here"
                      for name in EXPERIMENT if there.get(name) != getattr(cfg, name)] or ["of other data"]
         raise UserError(f"--out {out}: holds another experiment ({'; '.join(differing)}); give another --out")
     if saved and saved.get("code") != code:
         announce(f"warning: hex.py has changed since {out} was begun")
-    if not saved and os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= {"lock"}):
+    if not saved and os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= {"lock", "config.json.tmp"}):
         raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
     if process()[0] == 0:
         try:
@@ -1452,7 +1460,7 @@ def run(cfg, argv):
     with open_run(out, cfg, argv, identity):
         chosen = " ".join(f"{key}={value}" for key, value in vars(cfg).items() if value not in (None, False))
         announce(f"{out}: {len(train)} train and {len(val or ())} val pictures"
-                 f"{'' if labelled else ', so no probe and no k-NN'}; {process()[1]} ranks; {chosen}")
+                 f"{'' if labelled else ', no labels: no probe, no k-NN'}; {process()[1]} ranks; {chosen}")
         if cfg.recipe in ("cifar", "imagenet") and torch.version.cuda and not torch.cuda.is_available():
             announce(f"warning: no GPU is visible, and the recipe {cfg.recipe} is for one")
         new, found = not cfg.probe and not os.path.exists(final), None
@@ -1506,7 +1514,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         line, status = "interrupted, run the same command again", INTERRUPTED
     except UserError as error:                                             # a loader's comes with a traceback
-        line, status = "error: " + str(error).rpartition("Error: ")[2], error.status
+        text = str(error)
+        text = text.splitlines()[-1].partition("UserError: ")[2] if "in DataLoader worker" in text else text
+        line, status = f"error: {text}", error.status
     except Exception as error:
         line, status = "error: " + str(error).strip().split("\n")[0], 1
         if not any(each in line for each in KNOWN):
