@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # docker build -t hex .
-# docker run --rm --gpus all --ipc=host -v hex-runs:/work/runs hex
-# docker run --rm --gpus all --ipc=host -v hex-runs:/work/runs -v DIR:/data:ro hex \
+# docker run --rm --gpus all --shm-size=32g -v hex-runs:/work/runs hex
+# docker run --rm --gpus all --shm-size=32g -v hex-runs:/work/runs -v DIR:/data:ro hex \
 #     torchrun --nproc-per-node 8 hex.py --data imagenet --root /data
 FROM python:3.11.7-slim-bookworm
 RUN useradd --create-home --uid 1000 hex && mkdir -p /work/runs && chown -R hex:hex /work

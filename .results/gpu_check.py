@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""What only a GPU can tell, in ten minutes of one. From the top folder:
+
+    python .results/gpu_check.py [nccl values overflow syncs pieces two whole bench]
+    DEV=cpu python .results/gpu_check.py           what of it a CPU can run, with small sizes
+
+Each part prints its figures, with the card, the version of PyTorch and the date; status 1: a part failed.
+"""
+import collections
+import datetime
+import io
+import json
+import linecache
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from contextlib import redirect_stdout
+from functools import partial
+from statistics import mean, median
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, os.getcwd())
+import hex as hx  # noqa: E402
+
+DEV = os.environ.get("DEV", "cuda")
+GPU = DEV == "cuda"
+SHORT = "--batch-size 64 --workers 0 --epochs 1 --probe-epochs 1 --log-every 1".split()
+hx.announce = lambda text: None                                 # no lines and no bars of the runs
+hx.tqdm = lambda *args, **more: tqdm(*args, **more | dict(disable=True))
+
+
+def folder():
+    return tempfile.mkdtemp(dir=TEMPORARY)
+
+
+def train(argv, pictures=256, *, device=DEV, scale=256.0, out=None):
+    """A whole run, on so many embedded pictures -> its folder. scale: fp16's first."""
+    out, draw = out or os.path.join(folder(), "run"), hx.draw_shapes
+    with redirect_stdout(io.StringIO()), \
+            mock.patch.object(hx, "draw_shapes", lambda n, seed: draw({4096: pictures, 1024: 48}[n], seed)), \
+            mock.patch.object(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=scale)):
+        status = hx.main([*argv, "--device", device, "--out", out])
+    assert status == 0, f"status {status} of {' '.join(argv)}"
+    return out
+
+
+def steps(out):
+    with open(os.path.join(out, "metrics.jsonl")) as file:
+        return [event for event in map(json.loads, file) if event["event"] == "step"]
+
+
+def losses(out):
+    return [step["loss"] for step in steps(out)]
+
+
+def apart(one, two):
+    """The largest difference of two lists of losses: absolute, or relative to a loss above 1."""
+    return max(abs(a - b) / max(1, abs(b)) for a, b in zip(one, two, strict=True))
+
+
+def milliseconds(run, repeats=10 if GPU else 3):
+    spent = []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        run()
+        if GPU:
+            torch.cuda.synchronize()
+        spent.append(1e3 * (time.perf_counter() - start))
+    return median(spent[3:])
+
+
+def peak_memory():
+    """-> a function that says how many bytes more than now have been taken at the most."""
+    if not GPU:
+        return lambda: 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    return lambda: torch.cuda.max_memory_allocated() - before
+
+
+def nccl():
+    """What hex.py asks of NCCL, in a group of one rank (DEV=cpu: of gloo)."""
+    store = f"file://{folder()}/store"
+    dist.init_process_group("nccl" if GPU else "gloo", init_method=store, rank=0, world_size=1)
+    for kind in (torch.uint8, torch.int64, torch.float16, torch.float32):
+        x = torch.ones(4, 3, device=DEV).to(kind).requires_grad_(kind.is_floating_point)
+        y = hx.collectives.wait_tensor(hx.collectives.all_gather_single(x, 0, dist.group.WORLD))
+        if kind.is_floating_point:
+            (2 * y).sum().backward()
+        assert y.equal(x) and (x.grad is None or (x.grad == 2).all())
+        print(f"  all_gather_single of {kind}: equal{', and its gradient' * kind.is_floating_point}")
+    scalar = torch.ones((), device=DEV)
+    dist.broadcast(scalar, 0)
+    dist.all_reduce(scalar)
+    dist.barrier()
+    net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2).to(DEV), forward_sync_buffers=False)
+    net(torch.ones(4, 3, device=DEV)).sum().backward()
+    dist.destroy_process_group()
+    print("  broadcast and all_reduce of a scalar, barrier, a step of DDP: fine")
+
+
+def values():
+    """The first four losses of each method in each precision, against the CPU's without autocast."""
+    for method in hx.METHODS:
+        base = None
+        for device, amp in dict.fromkeys([("cpu", "off"), (DEV, "off"), (DEV, "bf16"), (DEV, "fp16")]):
+            argv = [*SHORT, "--method", method, "--amp", amp, "--lr", "0.01"]
+            four = losses(train(argv, device=device))
+            base = base or four
+            off = apart(four, base)
+            print(f"  {method:8}{device:5}{amp:5}", *(f"{x:9.4f}" for x in four), f" apart {off:.0e}", flush=True)
+            assert off < (0.02 if amp == "off" else 0.1), "too far from the CPU's"
+
+
+def overflow():
+    """A step whose fp16 gradient overflows is left out; at a lower scale it is taken."""
+    made, called, build = [], [], hx.build_model
+
+    def build_and_keep(cfg):
+        made.append(model := build(cfg))
+        model.start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return model
+
+    for scale, skipped in ((2.0 ** 60, True), (2.0 ** 8, False)):
+        called.clear()
+        with mock.patch.object(hx, "build_model", build_and_keep), \
+                mock.patch.object(hx.BYOL, "after_step", lambda self, step: called.append(step)):
+            out = train([*SHORT, "--method", "byol", "--amp", "fp16"], 64, scale=scale)
+        state = torch.load(os.path.join(out, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        as_before = all(state["model"][name].equal(p) for name, p in made[-1].start.items())
+        after, momenta = state["scaler"]["scale"], len(state["optimizer"]["state"])
+        print(f"  scale {scale:.2g} -> {after:.2g}; calls of after_step: {len(called)}; "
+              f"weights as before: {as_before}; tensors with momentum: {momenta}")
+        assert (after < scale, not called, as_before, not momenta) == (skipped,) * 4
+
+
+def syncs():
+    """Where the host waits for the GPU in a step that logs nothing, by line: the mean of steps 5 to 8."""
+    if not GPU:
+        return print("  needs CUDA")
+    rate, seen = hx.learning_rate, collections.Counter()
+
+    def watched(step, *more):                                   # called as a step begins
+        torch.cuda.set_sync_debug_mode("warn" if 4 <= step < 8 else "default")
+        return rate(step, *more)
+
+    def note(message, category, file, line, *_):
+        if "synchronizing" in str(message):
+            seen[f"{os.path.basename(file)}:{line}  {linecache.getline(file, line).strip()}"] += 1
+
+    for amp in ("bf16", "fp16"):
+        seen.clear()
+        with mock.patch.object(hx, "learning_rate", watched), warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            train([*SHORT, "--amp", amp, "--log-every", "1000"], 1024)
+        print(f"  {amp}: {sum(seen.values()) / 4:g} a step")
+        for line, count in seen.items():
+            print(f"    {count / 4:g}  {line}")
+
+
+def pieces():
+    """Augmentation and losses alone: milliseconds, and the peak memory of a loss."""
+    for count in (64, 512) if GPU else (16,):
+        crops = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, device=DEV)
+        run = partial(hx.augment, crops, torch.rand(count, 8, device=DEV))
+        print(f"  augment {count} views: {milliseconds(run):.2f} ms, "
+              f"with blur {milliseconds(partial(run, blur=True)):.2f} ms", flush=True)
+    for n in (512, 8192, 32768) if GPU else (512,):
+        a, b = (torch.randn(n // 2, 128, device=DEV, requires_grad=True) for _ in "ab")
+        for name, loss in (("info_nce", hx.info_nce), ("hex_nce", lambda a, b: hx.hex_nce(a, b)[0])):
+            peak = peak_memory()
+            ms = milliseconds(lambda loss=loss, a=a, b=b: loss(a, b).backward())
+            memory = f", peak {peak() / 4 / n ** 2:.2f} n^2 floats" if GPU else ""
+            print(f"  {name}, n = {n}: {ms:.2f} ms{memory}", flush=True)
+
+
+def on_rank(rank, out, argv):
+    """One of two ranks. NCCL wants a card for each; so it is gloo, whose all_gather_single is for CPUs."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost")
+    torch.set_num_threads(1)
+    gather, group = hx.gather, dict(init_method=f"file://{out}.store", rank=rank, world_size=2)
+    hx.gather = lambda x: gather(x.cpu()).to(x.device)
+    dist.init_process_group = partial(lambda start, _: start("gloo", **group), dist.init_process_group)
+    train(argv, 512, out=out)
+
+
+def two():
+    """Two ranks on one card against one: losses that they share (by SyncBatchNorm), and whole ones."""
+    for amp in ("off", "fp16") if GPU else ("off",):
+        for name, more in (("shared", "--lr 0.01" if GPU else "--lr 0.01 --norm group"),
+                           ("whole", "--lr 0.01 --accumulate 2"),
+                           ("whole, byol", "--lr 0.01 --accumulate 2 --method byol")):
+            argv, out = [*SHORT, *more.split(), "--amp", amp], os.path.join(folder(), "run")
+            mp.spawn(on_rank, (out, argv), nprocs=2)
+            both, one = losses(out), losses(train(argv, 512))
+            print(f"  {name}, amp {amp}: {len(one)} steps; one rank {one[0]:.6f} ... {one[-1]:.6f}, "
+                  f"two {both[0]:.6f} ... {both[-1]:.6f}, apart {apart(both, one):.0e}", flush=True)
+            assert apart(both, one) < (0.1 if amp == "fp16" else 0.02 if GPU else 1e-4), "too far apart"
+
+
+def whole():
+    """The command as a user gives it, twice: the second finds that all is done."""
+    argv = ["hex.py", "--device", DEV, *("--amp fp16 --epochs 3" if GPU else "--epochs 1").split()]
+    for again in (False, True):
+        start = time.time()
+        done = subprocess.run([sys.executable, *argv, "--out", os.path.join(TEMPORARY, "whole")],
+                              capture_output=True, text=True)
+        print(f"  {' '.join(argv)}: status {done.returncode}, {time.time() - start:.0f} s", flush=True)
+        assert done.returncode == 0 and ("finished before" in done.stderr) == again, done.stderr[-2000:]
+    print("   ", done.stdout.strip().replace("\n", "\n    "))
+
+
+def draw_jpegs(names, distinct):
+    """`distinct` random smooth pictures, 500 x 375, under so many names -> their folder."""
+    where, rng = folder(), np.random.default_rng(0)
+    slope = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None])
+    slope[0, 0] = 1
+    for i in range(distinct):
+        noise = rng.normal(size=(2, 4, *slope.shape))
+        *color, gray = np.fft.irfft2((noise[0] + 1j * noise[1]) / slope, s=(375, 500))
+        x = np.stack([0.3 * each / each.std() + gray / gray.std() for each in color], -1) * 50 + 120
+        Image.fromarray(x.clip(0, 255).astype("uint8")).save(f"{where}/{i}.jpg", quality=90)
+    for i in range(distinct, names):
+        os.link(f"{where}/{i % distinct}.jpg", f"{where}/{i}.jpg")
+    return where
+
+
+def bench():
+    """Images a second of the ImageNet recipe (ResNet-50, two views of 224 pixels), one loss a step, JPEGs in
+    the page cache: the last third of the steps, when what was read ahead is used up."""
+    small, failed = ("" if GPU else "--recipe shapes --workers 1"), []
+    cases = [(256, ""), (256, "--workers 0"), (256, "--amp bf16"), (256, "--compile"), (32, ""),
+             (32, "--workers 0")] if GPU else [(8, ""), (8, "--workers 0"), (8, "--amp bf16")]
+    root = {batch: draw_jpegs(batch * count, batch) for batch, count in ((256, 60), (32, 90), (8, 12))}
+    for batch, case in cases:
+        argv = f"--data folder --root {root[batch]} --batch-size {batch} --epochs 1 --accumulate 1 --lr 0.01"
+        start, peak = time.time(), peak_memory()
+        try:
+            made = steps(train(f"{argv} --log-every 1 {small} {case}".split(), scale=2.0 ** 16))
+        except AssertionError as error:                         # as out of memory: the others may fit
+            failed.append(str(error))
+            continue
+        last = made[-len(made) // 3:]
+        speed, wait = (mean(each[name] for each in last) for name in ("images_per_second", "data_wait"))
+        print(f"  {batch} images {case}: {speed:.0f} a second, {wait:.0%} of the time waiting for data"
+              f"{f', peak {peak() / 2 ** 30:.1f} GiB' if GPU else ''} "
+              f"({len(made)} steps, {time.time() - start:.0f} s in all)", flush=True)
+    assert not failed, failed
+
+
+PARTS = dict(nccl=nccl, values=values, overflow=overflow, syncs=syncs, pieces=pieces, two=two, whole=whole,
+             bench=bench)
+
+if __name__ == "__main__":
+    card, failed = torch.cuda.get_device_name() if GPU else "CPU", []
+    with tempfile.TemporaryDirectory() as TEMPORARY:
+        for part in sys.argv[1:] or PARTS:
+            start = time.time()
+            print(f"{part}: {card}, torch {torch.__version__}, {datetime.date.today()}", flush=True)
+            try:
+                PARTS[part]()
+            except Exception:
+                traceback.print_exc()
+                failed.append(part)
+            print(f"{part}: {'FAILED' if part in failed else 'done'} in {time.time() - start:.0f} s", flush=True)
+    sys.exit(bool(failed))
