@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: MIT
 """HEX: Hierarchical Emergence Exploitation in Self-Supervised Algorithms, in one file.
-
 Kokilepersaud, Kim, Prabhushankar, AlRegib; WACV 2025; arXiv 2410.23200. Not the authors' code.
 
 InfoNCE pulls the two views of an image together and pushes every other image away, all alike. HEX splits
 these negatives where their similarity passes eps: G(i), the global rest, stays as it is; H(i), the local
 ones, which training has made look like the anchor, are weighted by their similarity and debiased. Why:
 among neighbors fine semantics emerge, and collapse if they are treated like all else (local collapse).
-Known from abstract and figure are split, weight and falling threshold; from the authors' code alone the
-quantile and the constants; reconstructed by us are Q, |H|, and the positive in the denominator.
-What was found here, on small data: README.
+Known from abstract and figure are split, weight, falling threshold; from the authors' code alone quantile
+and constants; reconstructed by us are Q, |H|, the positive in the denominator. What was found here: README.
 
     x1, x2 (N, 3, S, S)  ->  z (2N, D), normalized  ->  s = z z^T (2N, 2N)  ->  H (2N, 2N)  ->  loss
-
     l_i = log( sum_j m_ij e^{s_ij/tau} + c_i ) - s_ip/tau         p: the other view of i; m_ii = 0
 
                             m at p                            m in G   m in H                 c
@@ -29,18 +26,14 @@ What was found here, on small data: README.
     floor: [ sum_H Q_ih e^{s_ih/tau} - tau_plus |H| e^{s_ip/tau} ] / (1 - tau_plus) < |H| e^{-1/tau}
 
 Any method: (1 - alpha) own loss + alpha scale mean over its pairs (a, b) of F(a, b), F one of these.
-
     python hex.py                                                    minutes on a CPU
     python hex.py --data cifar10 --root DIR --recipe small           one GPU, or minutes on a CPU
     torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR    paper scale
     python hex.py --data folder --root DIR                           your own pictures
-
-From the top: the loss (it can be copied out alone), methods and wrapper, data, optimizer, evaluation,
-pre-training, config and recipes, command line.
+In order: the loss (it can be copied out alone), methods, data, optimizer, evaluation, training, command line.
 """
 import contextlib
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -48,7 +41,6 @@ import torch.nn.functional as F
 from torch.distributed import _functional_collectives as collectives
 
 # --- The HEX loss ---------------------------------------------------------------------------------
-
 def weighted_nce(cosine, s_p, weight, log_c, tau):
     """The formula: l_i of each anchor, (n,). cosine, weight: s and m, (n, columns); s_p, log_c: (n,)."""
     e = cosine / tau
@@ -60,8 +52,7 @@ def weighted_nce(cosine, s_p, weight, log_c, tau):
     return top + total.log() - s_p / tau
 
 def info_nce(a, b, temperature=0.1):
-    """InfoNCE (NT-Xent, Chen et al. 2020). a, b: (N / ranks, D) on each rank that shares the loss, row-
-    aligned, of any scale. Returns this rank's mean, a scalar. ValueError: as hex_nce."""
+    """InfoNCE (NT-Xent, Chen et al. 2020). a, b, ValueError: as hex_nce. Returns this rank's mean, scalar."""
     cosine, s_p, p, negative = similarities(a, b, temperature)
     weight = negative.to(cosine).scatter_(1, p[:, None], 1)
     return weighted_nce(cosine, s_p, weight, s_p.new_full((), -math.inf), temperature).mean()
@@ -75,45 +66,39 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
             epoch=0):
     """The HEX loss. a, b: (N / ranks, D), row-aligned, any scale. threshold: AdaptiveThreshold(0.99) if None;
     another of these; or a number, H is above that cosine. decoupled: no positive in the denominator.
-    released: what the authors' public code computes. beta >= 0, tau_plus in [0, 1).
-
-    Returns this rank's mean loss (float32 or better) and detached scalars over the ranks: threshold, local
-    (mean |H|), empty (share of anchors with none), clamped (share of the others at the floor). ValueError:
-    temperature <= 0, beta or tau_plus out of range, shapes that differ, N < 2, threshold is no function."""
+    released: what the authors' public code computes. beta >= 0, tau_plus in [0, 1). Returns this rank's mean
+    loss (float32 or better) and detached scalars over the ranks: threshold, local (mean |H|), empty (share of
+    anchors with none), clamped (share of the others at the floor). ValueError: ranges, shapes, N < 2."""
     require(beta >= 0, f"beta = {beta} must be at least 0")
     require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
-    tau = temperature
+    tau, outside = temperature, 0
     cosine, s_p, p, negative = similarities(a, b, tau)
     with torch.no_grad():
-        eps, above = split(cosine, negative | released, threshold, epoch)   # released: itself and p, too
-        local = above & negative                                            # H(i)
-        rest = negative & ~local                                            # G(i)
-        size = local.sum(1, dtype=torch.int32).to(cosine)                   # |H(i)|
-    if released:
-        weight, clamped = rest.to(cosine), size > 0                         # its local term is a constant
+        eps, above = split(cosine, negative | released, threshold, epoch)       # released: itself and p, too
+        local = above & negative                                                # H(i)
+        rest = negative & ~local                                                # G(i)
+        size = local.sum(1, dtype=torch.int32).to(cosine)                       # |H(i)|
+        lowest = torch.finfo(cosine.dtype).min
+        q = (cosine * (beta / tau)).masked_fill_(~local, lowest).softmax(1)     # Q_ij / |H(i)|
+        e = cosine.masked_fill(~local, lowest)
+        top = torch.maximum(e.amax(1), s_p)
+        e = e.sub_(top[:, None]).div_(tau).exp_()                          # e^{(s - top)/tau} in H(i), else 0
+        L = (q * e).sum(1) - tau_plus * ((s_p - top) / tau).exp()
+        clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
+        free = torch.where(clamped, 0, size / (1 - tau_plus))
+        weight = q.mul_(free[:, None]).masked_fill_(rest, 1)                    # m in H(i), in G(i)
+        weight.scatter_(1, p[:, None], (1 - decoupled - tau_plus * free)[:, None])          # and at p
+    log_c = torch.where(clamped, size.log() - 1 / tau, -math.inf)
+    if released:                            # its local term is a constant, and stands outside the logarithm
+        weight, clamped = rest.to(cosine), size > 0
         log_c = torch.where(rest.any(1), -math.inf, 0.0).to(cosine)
-        outside = (cosine.shape[1] - 2) * (s_p.new_full((), -1.0) / tau).exp()      # outside the logarithm
-    else:
-        with torch.no_grad():
-            lowest = torch.finfo(cosine.dtype).min
-            q = (cosine * (beta / tau)).masked_fill_(~local, lowest).softmax(1)     # Q_ij / |H(i)|
-            e = cosine.masked_fill(~local, lowest)
-            top = torch.maximum(e.amax(1), s_p)
-            e = e.sub_(top[:, None]).div_(tau).exp_()                      # e^{(s - top)/tau} in H(i), else 0
-            L = (q * e).sum(1) - tau_plus * ((s_p - top) / tau).exp()
-            clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
-            free = torch.where(clamped, 0, size / (1 - tau_plus))
-            weight = q.mul_(free[:, None]).masked_fill_(rest, 1)            # m in H(i), in G(i)
-            weight.scatter_(1, p[:, None], (1 - decoupled - tau_plus * free)[:, None])      # and at p
-        log_c, outside = torch.where(clamped, size.log() - 1 / tau, -math.inf), 0
+        outside = (cosine.shape[1] - 2) * (s_p.new_full((), -1.0) / tau).exp()
     loss = (weighted_nce(cosine, s_p, weight, log_c, tau) + outside).mean()
-    share = mean_over_ranks(torch.stack([x.to(cosine).mean() for x in (size, size == 0, clamped)]))
-    clamped = share[2] / (1 - share[1]).clamp_min(1e-9)
-    return loss, dict(threshold=eps, local=share[0], empty=share[1], clamped=clamped)
+    size, none, clamped = mean_over_ranks(torch.stack([x.to(s_p).mean() for x in (size, size == 0, clamped)]))
+    return loss, dict(threshold=eps, local=size, empty=none, clamped=clamped / (1 - none).clamp_min(1e-9))
 
 def similarities(a, b, temperature):
-    """Cosine of this rank's 2N / ranks anchors with all 2N embeddings (columns: every rank's a, every rank's
-    b), in [-1, 1]; s_ip and p(i), (2N / ranks,); the mask of Neg(i), of the cosine's shape."""
+    """s of this rank's 2N / ranks anchors with all 2N (each rank's a, then b); s_ip; p(i); mask of Neg(i)."""
     r, W = ranks()
     shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
     require(a.ndim == 2 and a.shape == b.shape, f"a and b must be row-aligned (N, D), not {shapes}")
@@ -134,52 +119,43 @@ def require(condition, message):
     if not condition:
         raise ValueError(message)
 
-def split(cosine, negative, threshold, epoch):
-    """-> eps and the mask of what lies above it. negative: the entries that an adaptive threshold sees."""
+def split(cosine, negative, threshold, epoch):          # -> eps and the mask of what lies above it
     threshold = AdaptiveThreshold() if threshold is None else threshold
     if isinstance(threshold, (int, float)):
         return cosine.new_full((), threshold), cosine > threshold
     require(callable(threshold), f"threshold = {threshold!r} is neither a number nor a function")
     return threshold(cosine, negative, epoch)
 
-@torch.no_grad()
 def local_mask(a, b, threshold=None, epoch=0):
     """eps (scalar) and H (bool, (2N / ranks, 2N)) of the embeddings a, b: (N / ranks, D)."""
     cosine, _, _, negative = similarities(a, b, 1)
-    eps, above = split(cosine, negative, threshold, epoch)
+    eps, above = split(cosine.detach(), negative, threshold, epoch)
     return eps, above & negative
 
-@torch.no_grad()
 def adaptive_threshold(cosine, quantile=0.99, entries=None):
-    """eps: the mean over rows of each row's quantile: of its k entries in order, the one at round(q (k - 1)).
-
-    cosine: (rows, columns); -inf entries are left out. entries: (rows,) each k, if known (a GPU need not wait
-    then). Returns a scalar. ValueError: quantile outside (0, 1); a row of nothing but -inf."""
+    """eps: the mean over rows of each row's quantile, the one at round(q (k - 1)) of its k entries in order.
+    cosine: (rows, columns), -inf: no entry. entries: (rows,) each k, if known (a GPU need not wait then).
+    Returns a scalar. ValueError: quantile outside (0, 1); a row of nothing but -inf."""
     require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
     if entries is None:
         entries = (cosine != -math.inf).sum(1)
         require((entries > 0).all(), "a row holds no entry but -inf: its quantile is not defined")
-    cosine = cosine.to(torch.promote_types(cosine.dtype, torch.float32))
+    cosine = cosine.detach().to(torch.promote_types(cosine.dtype, torch.float32))
     columns, k = cosine.shape[1], entries.double()
     largest = cosine.topk(columns - round(quantile * (columns - 1)), dim=1).values      # in order
     from_top = k - 1 - (quantile * (k - 1)).round()                                     # 0: the largest
     return largest.gather(1, from_top.long()[:, None]).mean()
 
-@dataclass(frozen=True)
-class AdaptiveThreshold:
+def AdaptiveThreshold(quantile=0.99):
     """H: above the adaptive eps, the mean over the anchors of all ranks (paper). ValueError: quantile."""
-    quantile: float = 0.99
-
-    def __post_init__(self):
-        require(0 < self.quantile < 1, f"quantile = {self.quantile} must lie between 0 and 1")
-
-    def __call__(self, cosine, negative, epoch=0):
+    require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
+    def threshold(cosine, negative, epoch=0):
         seen, entries = cosine.masked_fill(~negative, -math.inf), negative.sum(1, dtype=torch.int32)
-        eps = mean_over_ranks(adaptive_threshold(seen, self.quantile, entries))
+        eps = mean_over_ranks(adaptive_threshold(seen, quantile, entries))
         return eps, cosine > eps
+    return threshold
 
-def schedule(at):
-    """H: above at(epoch), each row rescaled from its minimum (0) to its maximum, itself (1) (their code)."""
+def schedule(at):   # H: above at(epoch), each row rescaled: 0 its minimum, 1 its maximum, itself (their code)
     def threshold(cosine, negative, epoch=0):
         low, high = cosine.aminmax(dim=1, keepdim=True)
         return cosine.new_full((), at(epoch)), (cosine - low) / (high - low) > at(epoch)
@@ -188,31 +164,24 @@ def schedule(at):
 def StepThreshold(start=0.9, drop=0.1, every=10):
     """`start`, falling by `drop` every `every` epochs, not below 0."""
     return schedule(lambda epoch: max(0.0, start - drop * (epoch // every)))
-
 def CosineThreshold(start=0.9, end=0.3, epochs=100):
     """From `start` to `end` over `epochs` by half a cosine."""
     half = math.pi / max(1, epochs)
     return schedule(lambda epoch: end + (start - end) * (1 + math.cos(half * min(epoch, epochs))) / 2)
 
-@dataclass(frozen=True, eq=False)
-class OracleHierarchy:
+def OracleHierarchy(labels):
     """H: negatives of the same super-class. NOT self-supervised: our diagnostic. labels: (N / ranks,)."""
-    labels: torch.Tensor
-
-    def __call__(self, cosine, negative, epoch=0):
-        mine, everyone = self.labels.repeat(2), gather(self.labels).repeat(2)
-        require(cosine.shape == (len(mine), len(everyone)), f"labels: {len(self.labels)}, not one an image")
+    def threshold(cosine, negative, epoch=0):
+        mine, everyone = labels.repeat(2), gather(labels).repeat(2)
+        require(cosine.shape == (len(mine), len(everyone)), f"labels: {len(labels)}, not one an image")
         return cosine.new_full((), math.nan), mine[:, None] == everyone
+    return threshold
 
-def ranks():
-    """This process's number among the ranks that share a loss, and how many there are."""
+def ranks():                # this process's number among the ranks that share a loss, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not ranks.alone else (0, 1)
-
 ranks.alone = False
-
 @contextlib.contextmanager
-def alone(on=True):
-    """Within, each rank computes whole losses by itself: nothing is gathered."""
+def alone(on=True):         # within, each rank computes whole losses by itself: nothing is gathered
     before, ranks.alone = ranks.alone, on
     try:
         yield
@@ -225,8 +194,7 @@ def gather(x):
         return x
     return collectives.wait_tensor(collectives.all_gather_single(x.contiguous(), 0, dist.group.WORLD))
 
-def mean_over_ranks(x):
-    """Mean of a detached tensor over ranks."""
+def mean_over_ranks(x):     # of a detached tensor
     if ranks()[1] > 1:
         dist.all_reduce(x := x / ranks()[1])
     return x
@@ -234,7 +202,6 @@ def mean_over_ranks(x):
 import argparse, copy, fcntl, hashlib, inspect, io, json, os, random, re, signal, sys, threading, time
 import traceback, warnings
 from functools import partial
-
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
@@ -242,11 +209,10 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 # --- SSL methods and the wrapper ------------------------------------------------------------------
-
-def mlp(*widths, norm=None, last_norm=None):
-    """Linear - norm - ReLU blocks and a last Linear, then last_norm. norm: channels -> module."""
-    layers, norms = [], [norm] * (len(widths) - 2) + [last_norm]
-    for fan_in, fan_out, normalize in zip(widths, widths[1:], norms):
+def mlp(*widths, norm=None, affine=None):
+    """Linear - norm - ReLU blocks and a last Linear. affine: of the norm behind it; None: there is none."""
+    layers, last = [], None if affine is None else partial(norm, affine=affine)
+    for fan_in, fan_out, normalize in zip(widths, widths[1:], [norm] * (len(widths) - 2) + [last]):
         layers.append(nn.Linear(fan_in, fan_out, bias=normalize is None))
         layers += [normalize(fan_out)] if normalize else []
         layers.append(nn.ReLU(inplace=True))
@@ -255,32 +221,25 @@ def mlp(*widths, norm=None, last_norm=None):
 class Method(nn.Module):
     """Base of the methods: a projector z, and where a method has them a predictor p and a target t. Its
     loss(*embeddings), in float32, gives the own loss (scalar) and row-aligned pairs [(a, b), ...] for HEX.
-
-    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, which follows backbone and projector; its
-    momentum rises from ema to 1 by a cosine, its BatchNorm statistics are of its own passes. alpha, scale:
-    weight and factor of HEX beside the own loss (alpha 1: HEX takes its place). steps, losses: of the run,
-    and of this rank in a step; the training loop sets them."""
+    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, with BatchNorm statistics of its own, which
+    follows backbone and projector; its momentum rises from ema to 1 by a cosine. alpha, scale: weight and
+    factor of HEX (alpha 1: no own loss). The training loop sets steps (of a run), losses (a step, a rank)."""
     alpha, scale, steps, losses = 0.1, 1.0, None, 1
-
-    def __init__(self, backbone, projector, predictor=None, ema=None):
+    def __init__(self, backbone, projector, predictor=None, ema=None, temperature=None):
         super().__init__()
-        self.backbone, self.projector, self.predictor, self.ema = backbone, projector, predictor, ema
+        self.backbone, self.projector, self.predictor = backbone, projector, predictor
+        self.ema, self.temperature = ema, temperature
         online = nn.Sequential(backbone, projector)
         self.target = None if ema is None else copy.deepcopy(online).requires_grad_(False)
-
     def forward(self, x1, x2):
         """Two views (N, 3, S, S) -> [p1, p2,] z1, z2 [, t1, t2], each (N, dim)."""
         x = torch.cat([x1, x2])             # in one pass: one BatchNorm batch, one use of the weights for DDP
         z = self.projector(self.backbone(x))
         outputs = [z] if self.predictor is None else [self.predictor(z), z]
-        if self.target is not None:
-            with torch.no_grad():
-                outputs.append(self.target(x))
+        outputs += [] if self.target is None else [self.target(x)]
         return tuple(half for output in outputs for half in output.chunk(2))
-
     @torch.no_grad()
-    def after_step(self, step):
-        """EMA, queue: after an optimizer step that was really taken. step: its number, from 1."""
+    def after_step(self, step):     # EMA, queue: after an optimizer step that was taken; its number, from 1
         if self.target is not None:
             done = step / self.steps if self.steps else 0
             momentum = 1 - (1 - self.ema) * (math.cos(math.pi * done) + 1) / 2
@@ -290,42 +249,30 @@ class Method(nn.Module):
 class SimCLR(Method):
     """Chen et al. 2020. The projector of HEX's authors: 2048-2048-128 without BatchNorm."""
     alpha = 1.0
-
     def __init__(self, backbone, width, *, hidden=2048, dim=128, norm=nn.BatchNorm1d, temperature=0.1):
-        super().__init__(backbone, mlp(width, hidden, dim))
-        self.temperature = temperature
-
+        super().__init__(backbone, mlp(width, hidden, dim), temperature=temperature)
     def loss(self, z1, z2):
         return info_nce(z1, z2, self.temperature), [(z1, z2)]
 
-def one_way_nce(a, b, temperature):
-    """InfoNCE with the other view's negatives alone: a_i against every b_j. (N / ranks, D) each."""
+def one_way_nce(a, b, temperature):     # InfoNCE of each a_i against every b_j alone; (N / ranks, D) each
     logits = F.normalize(a) @ F.normalize(gather(b)).T / temperature                    # (N / ranks, N)
     return F.cross_entropy(logits, ranks()[0] * len(a) + torch.arange(len(a), device=a.device))
 
 class NNCLR(Method):
     """Dwibedi et al. 2021: an anchor is its nearest neighbor in a queue of past embeddings."""
-    alpha = 1.0
-
+    alpha, latest = 1.0, []
     def __init__(self, backbone, width, *, hidden=2048, dim=256, predictor=4096, queue=98304,
                  norm=nn.BatchNorm1d, temperature=0.1):
-        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, last_norm=norm),
-                         mlp(dim, predictor, dim, norm=norm))
+        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, affine=True),
+                         mlp(dim, predictor, dim, norm=norm), temperature=temperature)
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim)))
         self.register_buffer("head", torch.zeros((), dtype=torch.long))                 # where the next go
-        self.temperature, self.latest = temperature, []
-
-    def nearest(self, z):
-        return self.queue.index_select(0, (F.normalize(z.detach()) @ self.queue.T).argmax(1))
-
     def loss(self, p1, p2, z1, z2):
         self.latest = [*self.latest, z1.detach()][-self.losses:] if self.training else self.latest
-        pairs = [(self.nearest(z1), p2), (self.nearest(z2), p1)]
+        near1, near2 = (self.queue[(F.normalize(z.detach()) @ self.queue.T).argmax(1)] for z in (z1, z2))
+        pairs = [(near1, p2), (near2, p1)]
         return sum(one_way_nce(a, b, self.temperature) for a, b in pairs) / 2, pairs
-
-    @torch.no_grad()
-    def after_step(self, step):
-        """Pushes the embeddings of the step's losses, of all ranks: the queue is the same everywhere."""
+    def after_step(self, step):     # pushes the z1 of the step's losses, of all ranks: their queues are equal
         z = gather(torch.stack(self.latest)).unflatten(0, (-1, len(self.latest)))   # (ranks, losses, B, dim)
         z = F.normalize(z.transpose(0, 1).flatten(0, 2)).to(self.queue.dtype)[-len(self.queue):]
         self.queue[(self.head + torch.arange(len(z), device=z.device)) % len(self.queue)] = z
@@ -334,14 +281,10 @@ class NNCLR(Method):
 class MoCoV3(Method):
     """Chen et al. 2021. HEX on it is our extension."""
     alpha = 1.0
-
     def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99,
                  norm=nn.BatchNorm1d, temperature=1.0):
-        plain = partial(norm, affine=False)
-        super().__init__(backbone, mlp(width, hidden, dim, norm=norm, last_norm=plain),
-                         mlp(dim, predictor, dim, norm=norm, last_norm=plain), ema)
-        self.temperature = temperature
-
+        super().__init__(backbone, mlp(width, hidden, dim, norm=norm, affine=False),
+                         mlp(dim, predictor, dim, norm=norm, affine=False), ema, temperature)
     def loss(self, q1, q2, z1, z2, k1, k2):
         t, pairs = self.temperature, [(q1, k2), (q2, k1)]
         return sum(2 * t * one_way_nce(q, k, t) for q, k in pairs), pairs
@@ -352,27 +295,22 @@ class BYOL(Method):
                  norm=nn.BatchNorm1d):
         heads = mlp(width, hidden, dim, norm=norm), mlp(dim, predictor, dim, norm=norm)
         super().__init__(backbone, *heads, ema)
-
     def loss(self, p1, p2, z1, z2, t1, t2):
         return 4 - 2 * sum(F.cosine_similarity(p, t).mean() for p, t in ((p1, t2), (p2, t1))), [(z1, z2)]
 
 class SimSiam(Method):
     """Chen and He 2021. HEX on it, between the projections, is our extension."""
     def __init__(self, backbone, width, *, hidden=2048, dim=2048, predictor=512, norm=nn.BatchNorm1d):
-        plain = partial(norm, affine=False)
-        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, last_norm=plain),
+        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, affine=False),
                          mlp(dim, predictor, dim, norm=norm))
-
     def loss(self, p1, p2, z1, z2):
         pairs = ((p1, z2.detach()), (p2, z1.detach()))
         return -sum(F.cosine_similarity(p, z).mean() for p, z in pairs) / 2, [(z1, z2)]
 
 class BarlowTwins(Method):
-    """Zbontar et al. 2021: the cross-correlation of the views, over all ranks, is the identity. Off the
-    diagonal times 0.0051; in all times 0.1, as in the file of HEX's authors."""
+    """Zbontar et al. 2021, over all ranks. Off the diagonal times 0.0051, in all 0.1, as HEX's authors do."""
     def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
         super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm))
-
     def loss(self, z1, z2):
         a, b = (F.batch_norm(gather(z), None, None, training=True) for z in (z1, z2))   # (N, dim)
         c = a.T @ b / len(a)                                                            # (dim, dim)
@@ -380,10 +318,8 @@ class BarlowTwins(Method):
         return 0.1 * ((c.diagonal() - 1).square().sum() + 0.0051 * off_diagonal), [(z1, z2)]
 
 class VICReg(BarlowTwins):
-    """Bardes et al. 2022: invariance, variance, covariance; over all ranks, summed over the views as in the
-    paper (the official code halves the variance). Its heads are those of Barlow Twins."""
+    """Bardes et al. 2022, over all ranks; summed over the views (the official code halves the variance)."""
     scale = 5.0
-
     def loss(self, z1, z2):
         a, b = gather(z1), gather(z2)                                                   # (N, dim)
         loss = 25 * F.mse_loss(a, b)
@@ -399,71 +335,53 @@ LOSSES = ("base", "infonce", "dcl", "hex", "released")
 
 class HEX(nn.Module):
     """The wrapper: loss = (1 - alpha) own + alpha scale mean over pairs of F(a, b), F by `loss`.
-
     method: a Method, or any module with its forward and loss (after_step is optional). alpha, scale: the
-    method's by default, else 0.1 and 1. The first `warmup` epochs have the own loss alone; or, with a
-    warmup_threshold, F with H above that cosine. of_hex: goes to hex_nce. ValueError: an unknown loss; a
-    forward that returns a bare tensor; a loss without pairs."""
+    method's, else 0.1 and 1. For `warmup` epochs the own loss is alone; with a warmup_threshold, F with H
+    above it. of_hex: to hex_nce. ValueError: unknown loss; bare tensor from forward; loss without pairs."""
     def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1, threshold=None,
                  warmup=0, warmup_threshold=None, **of_hex):
         super().__init__()
         require(loss in LOSSES, f"loss = {loss!r} is not one of {', '.join(LOSSES)}")
         self.method, self.name, self.temperature, self.threshold = method, loss, temperature, threshold
-        self.warmup, self.warmup_threshold, self.of_hex = warmup, warmup_threshold, of_hex
+        self.warmup, self.warmup_threshold = warmup, warmup_threshold
+        of_hex = partial(hex_nce, released=loss == "released", **of_hex)
+        self.term = {"infonce": info_nce, "dcl": dcl}.get(loss, of_hex)                 # F
         self.alpha = getattr(method, "alpha", 0.1) if alpha is None else alpha
         self.scale = getattr(method, "scale", 1.0) if scale is None else scale
         self.after_step = getattr(method, "after_step", lambda step: None)
-
     def forward(self, x1, x2):
         embeddings = self.method(x1, x2)
         require(not isinstance(embeddings, torch.Tensor), "forward returned a bare tensor, not a tuple")
         return embeddings
-
     def loss(self, *embeddings, epoch=0, threshold=None):
         """-> loss (scalar), stats (detached scalars). threshold: this batch's (the oracle's labels)."""
         with torch.autocast(embeddings[0].device.type, enabled=False):
-            embeddings = [e.to(torch.promote_types(e.dtype, torch.float32)) if e.is_floating_point() else e
-                          for e in embeddings]
-            own, pairs = self.method.loss(*embeddings)
-            own = torch.as_tensor(own, device=embeddings[0].device)
-            stats, early = {"own": own.detach()}, epoch < self.warmup
-            if self.name == "base" or early and self.warmup_threshold is None:
-                loss = own
-            else:
+            embeddings = [e.float() if e.dtype in (torch.float16, torch.bfloat16) else e for e in embeddings]
+            loss, pairs = self.method.loss(*embeddings)
+            loss = torch.as_tensor(loss, device=embeddings[0].device)
+            stats, early = {"own": loss.detach()}, epoch < self.warmup
+            if self.name != "base" and not (early and self.warmup_threshold is None):
                 require(pairs, f"loss = {self.name!r} needs pairs (a, b), and the method's loss gave none")
-                own = own.detach() if self.alpha == 1 else own      # frees its graph before the next is made
-                threshold = self.threshold if threshold is None else threshold
-                threshold = self.warmup_threshold if early else threshold
-                values, each = zip(*(self.term(a, b, threshold, epoch) for a, b in pairs))
-                loss = self.alpha * self.scale * sum(values) / len(pairs)
-                loss = loss if self.alpha == 1 else loss + (1 - self.alpha) * own
-                stats |= {key: sum(more[key] for more in each) / len(pairs) for key in each[0]}
-            # Every output takes part, if with weight 0: DDP waits for each parameter's gradient.
-            return loss + sum(0 * e.sum() for e in embeddings if e.requires_grad), stats
+                loss = 0 if self.alpha == 1 else (1 - self.alpha) * loss    # 0 frees the own loss's graph
+                above = self.warmup_threshold if early else self.threshold if threshold is None else threshold
+                more = dict(threshold=above, epoch=epoch) if self.name in ("hex", "released") else {}
+                terms = [self.term(a, b, self.temperature, **more) for a, b in pairs]
+                values, each = zip(*(term if more else (term, {}) for term in terms))
+                loss = loss + self.alpha * self.scale * sum(values) / len(pairs)
+                stats |= {key: sum(of_pair[key] for of_pair in each) / len(pairs) for key in each[0]}
+                stats[self.name] = sum(values).detach() / len(pairs)
+            return loss + sum(0 * e.sum() for e in embeddings if e.requires_grad), stats # DDP: all take part
 
-    def term(self, a, b, threshold, epoch):
-        """F(a, b) -> scalar, stats."""
-        value, stats = (info_nce if self.name == "infonce" else dcl)(a, b, self.temperature), {}
-        if self.name in ("hex", "released"):
-            value, stats = hex_nce(a, b, self.temperature, threshold=threshold, epoch=epoch,
-                                   released=self.name == "released", **self.of_hex)
-        return value, stats | {self.name: value.detach()}
-
-class UserError(Exception):
-    """What a run met, and the user can mend: one line that says how. status: the exit status."""
-    status = 1
-
-class CommandError(UserError):
-    """The command line asks for what cannot be."""
+class UserError(Exception):         # what a run met, and the user can mend: one line that says how
+    status = 1                      # the exit status
+class CommandError(UserError):      # the command line asks for what cannot be
     status = 2
 
-def group_norm(channels, affine=True):
-    """GroupNorm, 16 channels a group where they divide: independent of how a batch is split."""
+def group_norm(channels, affine=True):          # 16 channels a group where they divide
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, affine=affine)
 
 def resnet10_narrow(norm_layer=nn.BatchNorm2d):
-    """ResNet-10 with 16 to 128 channels: a backbone for a CPU. SiLU has no kinks, which would turn rounding
-    into differences between one and two ranks."""
+    """ResNet-10, 16 to 128 channels, for a CPU. SiLU: no kinks, by which rounding would tell ranks apart."""
     layers = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), norm_layer(16), nn.SiLU()]
     for fan_in, fan_out, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 128, 2)):
         skip = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), norm_layer(fan_out))
@@ -473,36 +391,31 @@ def resnet10_narrow(norm_layer=nn.BatchNorm2d):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1000))
 
 def build_backbone(name, size=224, norm="batch"):
-    """A torchvision classifier, or resnet10_narrow, without its last Linear -> (module, number of features).
-    ResNets get a 3x3 stem without max-pool for views of 64 pixels or less. CommandError: unusable."""
+    """-> a torchvision classifier (or resnet10_narrow) without last Linear, its features. CommandError."""
     if name == "pixels":                                        # the raw pixels, to hold a probe against
         return nn.Flatten(), 3 * size * size
     known = ["resnet10_narrow", *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
         fail(f"--backbone {name}: unknown; give one of {', '.join(known)}")
     build = resnet10_narrow if name == known[0] else torchvision.models.get_model_builder(name)
-    options = dict(norm_layer=group_norm) if norm == "group" else {}
-    options |= dict(image_size=size) if name.startswith("vit_") else {}
-    options |= dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
+    kind = dict(image_size=size) if name.startswith("vit_") else {}
+    kind |= dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
     try:
-        model = build(**options)
+        model = build(norm_layer=group_norm, **kind) if norm == "group" else build(**kind)
         linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         require(linear, "it has no Linear classifier to remove")
         width = model.get_submodule(linear[-1]).in_features
         model.set_submodule(linear[-1], nn.Identity())
-        if isinstance(model, torchvision.models.ResNet) and size <= 64:
+        if isinstance(model, torchvision.models.ResNet) and size <= 64:     # a 3x3 stem without max-pool
             model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        with torch.no_grad():
-            shape = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size)).shape
-        require(shape == (2, width), f"its features have the shape {tuple(shape[1:])}, not {width}")
+        shape = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size)).shape
+        require(shape == (2, width), f"it gives {tuple(shape[1:])} features, not {width}")
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"--backbone {name}: cannot do --size {size} --norm {norm} ({reason}); give resnet18")
+        fail(f"--backbone {name}, --size {size}, --norm {norm}: {str(error).splitlines()[0]}; give resnet18")
     return model, width
 
 # --- Data and augmentation ------------------------------------------------------------------------
-
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
             "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}             # and for all other data
@@ -510,10 +423,8 @@ MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 CIFAR100_SUPER = [int(digit, 20) for digit in "41e80677i33e9i7b397b6b5a76df3f0b1aceg9b55j88fdehia"
                                               "g4h420h4iha32ccgc19j2a01gc9dfdgj246j558ji12f60h8ed"]
 
-def rng_of(*key):
-    """A random generator that depends on the key alone."""
+def rng_of(*key):       # a random generator that depends on the key alone
     return random.Random(" ".join(map(str, key)))
-
 def permutation(count, *key):
     return torch.randperm(count, generator=torch.Generator().manual_seed(rng_of(*key).getrandbits(63)))
 
@@ -521,26 +432,20 @@ class Pictures:
     """uint8 pictures (n, 3, H, W) in memory, with fine labels (n,) and coarse ones, or None."""
     def __init__(self, pictures, targets, coarse=None):
         self.pictures, self.targets, self.coarse, self.read = pictures, targets, coarse, pictures.__getitem__
-
     def __len__(self):
         return len(self.pictures)
-
     def identity(self):
-        """What tells these data from others: the bytes."""
         return self.pictures.numpy().tobytes() + self.targets.numpy().tobytes()
 
 class Folder:
-    """ROOT/<class>/**: every file is a picture but hidden ones and those in hidden folders (.name). only: the
-    classes to use. labelled=False: ROOT/**, targets None. UserError: a folder cannot be read."""
+    """ROOT/<class>/**, or unlabelled ROOT/**: all files but hidden (.name, .folder/). only: the classes."""
     def __init__(self, root, labelled=True, only=None):
         def unreadable(error):
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that") from error
-
         self.root, self.files, self.classes, self.targets, self.coarse = root, [], [], None, None
         for folder, inside, names in os.walk(root, onerror=unreadable, followlinks=True):
-            inside[:] = sorted(name for name in inside if name[0] != ".")
-            paths = [os.path.join(folder, name) for name in sorted(names) if name[0] != "."]
-            self.files += [os.path.relpath(path, root) for path in paths]
+            inside[:], names = (sorted(name for name in each if name[0] != ".") for each in (inside, names))
+            self.files += [os.path.relpath(os.path.join(folder, name), root) for name in names]
         if labelled:
             class_of = {file: file.split(os.sep)[0] for file in self.files if os.sep in file}
             self.classes = sorted(only or set(class_of.values()))
@@ -549,13 +454,10 @@ class Folder:
             self.targets = torch.tensor([label[class_of[file]] for file in self.files], dtype=torch.long)
             for name in set(self.classes) - set(class_of.values()):
                 raise UserError(f"--classes: {root} has no folder {name} with pictures; take it off the list")
-
     def __len__(self):
         return len(self.files)
-
     def read(self, index):
-        """(3, H, W) uint8, upright. JPEG by torchvision, twice as fast as Pillow; all else by Pillow, since
-        torchvision's PNG decoder ends the process on some damaged files. UserError: it cannot be read."""
+        """(3, H, W) uint8, upright. JPEG by torchvision, the faster; its PNG decoder may crash. UserError."""
         path = os.path.join(self.root, self.files[index])
         try:
             with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
@@ -569,31 +471,24 @@ class Folder:
                 return TF.pil_to_tensor(picture.convert("RGB"))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{clean(path)}: not readable ({reason}): mend it, or give --skip-bad-files") from None
-
+            raise UserError(f"{clean(path)}: not readable ({reason}); mend it, or --skip-bad-files") from None
     def identity(self):
-        """What tells these data from others: the names, wherever ROOT lies."""
         return os.fsencode("\0".join([*self.classes, "", *self.files]))
 
 def draw_shapes(count, seed):
-    """The embedded data: `count` 32x32 pictures of 12 kinds: polygon, star, flower, frame of 3, 4, 6 corners.
-    Colors, place, size, angle, background are random: only shape tells. Fine label: kind; coarse: family."""
-    g = torch.Generator().manual_seed(seed)
-    kind = torch.arange(count) % 12
+    """`count` 32x32 pictures: polygon, star, flower, frame (coarse label) of 3, 4, 6 corners (fine label)."""
+    g, kind = torch.Generator().manual_seed(seed), torch.arange(count) % 12
     family, corners = kind // 3, torch.tensor([3.0, 4.0, 6.0])[kind % 3, None, None]
-
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=g)
-
     axis = torch.linspace(-1, 1, 64)                                        # drawn at 64 pixels, halved below
     x, y = (axis.view(shape) - uniform(-0.2, 0.2, 1, 1) for shape in ((1, 1, -1), (1, -1, 1)))
     radius = torch.hypot(x, y) / uniform(0.5, 0.8, 1, 1)
     angle = torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
     half = math.pi / corners                                                # half the angle of a sector
     phi = (angle % (2 * half) - half).abs()                                 # 0 between corners, `half` at one
-    polygon = half.cos() / phi.cos()
+    polygon, flower = half.cos() / phi.cos(), 0.65 - 0.35 * (corners * angle).cos()
     star = 0.4 * half.sin() / (0.4 * phi.sin() + (half - phi).sin())        # straight from corner to notch
-    flower = 0.65 - 0.35 * (corners * angle).cos()
     edge = torch.stack([polygon, star, flower, polygon])[family, torch.arange(count)]
     hole = (family == 3)[:, None, None] & (radius < 0.6 * edge)
     inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)    # (count, 1, 32, 32)
@@ -603,39 +498,35 @@ def draw_shapes(count, seed):
     ramp = uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
     return Pictures((255 * torch.lerp(back + ramp, ink, inside).clamp(0, 1)).byte(), kind, family)
 
-def load_cifar(cfg):
-    """CIFAR's train and test split from its archive; the first process of a machine downloads it."""
-    kind, root = getattr(torchvision.datasets, cfg.data.upper()), cfg.root or "data"
-    try:
-        if process()[2] == 0:
-            kind(root, download=True)
-        wait_for_all()
-        splits = [kind(root, train=train) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        where = f"put its archive, {kind.filename}, there"
-        raise UserError(f"--data {cfg.data} --root {root}: cannot get it ({error}); {where}") from error
-    for split in splits:
-        targets, pictures = torch.tensor(split.targets), torch.from_numpy(split.data).permute(0, 3, 1, 2)
-        coarse = torch.tensor(CIFAR100_SUPER)[targets] if cfg.data == "cifar100" else None
-        yield Pictures(pictures.contiguous(), targets, coarse)
-
 def load_data(cfg):
-    """-> train, val or None. Each has len, read(index), targets (n,) or None, coarse, identity()."""
+    """-> train, val or None. Each has len, read(index), targets or None, coarse, identity() of its content.
+    CIFAR: the first process of a machine downloads it. UserError: pictures or classes are missing."""
     if cfg.data == "shapes":
         return draw_shapes(4096, 0), draw_shapes(1024, 1)
     if cfg.data in ("cifar10", "cifar100"):
-        return load_cifar(cfg)
+        kind, root = getattr(torchvision.datasets, cfg.data.upper()), cfg.root or "data"
+        try:
+            if process()[2] == 0:
+                kind(root, download=True)
+            wait_for_all()
+            splits = [kind(root, train=train) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--data {cfg.data}: {error}; put {kind.filename} in {root}") from error
+        targets = [torch.tensor(split.targets) for split in splits]
+        pictures = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
+        coarse = [torch.tensor(CIFAR100_SUPER)[y] if cfg.data == "cifar100" else None for y in targets]
+        return [*map(Pictures, pictures, targets, coarse)]
     folders = [os.path.join(cfg.root, name) for name in ("train", "val")]
     if cfg.data == "folder" and not os.path.isdir(folders[0]) and not cfg.classes:
         train, val = Folder(cfg.root, labelled=False), None
     else:
         lines = cfg.classes and read(cfg.classes, lambda file: file.read().decode("utf-8-sig"), "give a text")
         only = set(lines.split("\n")) - {""} if lines else None
-        train, val = (Folder(folder, only=only) if cfg.data == "imagenet" or os.path.isdir(folder) else None
-                      for folder in folders)
+        train = Folder(folders[0], only=only)
+        val = Folder(folders[1], only=only) if cfg.data == "imagenet" or os.path.isdir(folders[1]) else None
         differing = sorted(set(train.classes) ^ set(val.classes)) if val else []
         if differing or not train.classes:
-            raise UserError(f"--root {cfg.root}: train/ and val/ must hold the same class folders with pictures "
+            raise UserError(f"--root {cfg.root}: train/ and val/ need the same class folders with pictures "
                             f"(valprep.sh sorts a flat val/); not so: {', '.join(differing[:5]) or 'all'}")
     if len(train) < 2:
         raise UserError(f"--root {cfg.root}: {len(train)} pictures are too few to train on; add some")
@@ -653,15 +544,11 @@ def random_crop(rng, height, width, smallest):
     return (height - h) // 2, (width - w) // 2, h, w
 
 class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8), index, index that was read.
-
-    A pure function of (seed, epoch, index, view): worker, rank, batch size, resume do not enter. The device
-    applies the parameters (`augment`). views=0: one centre crop. color=False: no jitter, no grayscale.
-    cfg.skip_bad_files: an unreadable picture is replaced by the next readable one, with a line on stderr."""
+    """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8) for `augment`, index, index read:
+    a function of (seed, epoch, index, view). views=0: a centre crop. color=False: no jitter or grayscale."""
     def __init__(self, pictures, cfg, *, views=2, seed=None, color=True):
         self.pictures, self.cfg, self.views, self.color = pictures, cfg, views, color
         self.seed = cfg.seed if seed is None else seed
-
     def read(self, index):
         skip = self.cfg.skip_bad_files
         for used in [*range(index, len(self.pictures)), *range(index)] if skip else [index]:
@@ -672,32 +559,26 @@ class Views(torch.utils.data.Dataset):
                     raise
                 print(f"hex.py: skipped {clean(error)}", file=sys.stderr, flush=True)
         raise UserError("no file of the data can be read: give another --root")
-
     def __getitem__(self, key):
         picture, used = self.read(key[1])
         views = [self.view(picture, rng_of(self.seed, *key, number), number) for number in range(self.views)]
         crops, parameters = zip(*views or [self.centre(picture)])
+        size = [self.cfg.size] * 2
+        crops = [TF.resize(crop, size, TF.InterpolationMode.BICUBIC, antialias=True) for crop in crops]
         return torch.stack(crops), torch.tensor(parameters, dtype=torch.float32), key[1], used
-
-    def resize(self, crop):
-        return TF.resize(crop, [self.cfg.size] * 2, TF.InterpolationMode.BICUBIC, antialias=True)
-
-    def centre(self, picture):
-        """The usual test crop, 224 of 256, cut out before it is resized; small pictures whole."""
+    def centre(self, picture):      # the usual test crop, 224 of 256, cut before it is resized; small: whole
         side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
-        return self.resize(TF.center_crop(picture, [side, side])), [0, 1, 1, 1, 0, 0, 0, 0]
-
+        return TF.center_crop(picture, [side, side]), [0, 1, 1, 1, 0, 0, 0, 0]
     def view(self, picture, rng, number):
         cfg, box = self.cfg, random_crop(rng, *picture.shape[1:], self.cfg.crop_min)
         flip, jitter, gray, blur, solarize = (rng.random() for _ in range(5))
         sigma, on = rng.uniform(0.1, 2.0), self.color and jitter < 0.8
         brightness, contrast, saturation, hue = (on * rng.uniform(-most, most) for most in cfg.jitter)
         gray, sigma = self.color and gray < cfg.grayscale, sigma * (blur < cfg.blur[number])
-        return self.resize(TF.crop(picture, *box)), [flip < 0.5, 1 + brightness, 1 + contrast, 1 + saturation,
-                                                     hue, gray, sigma, solarize < cfg.solarize[number]]
+        factors = [1 + brightness, 1 + contrast, 1 + saturation, hue]
+        return TF.crop(picture, *box), [flip < 0.5, *factors, gray, sigma, solarize < cfg.solarize[number]]
 
-def shift_hue(x, shift):
-    """x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns of the color circle."""
+def shift_hue(x, shift):    # x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns of the color circle
     value, chroma, (r, g, b) = x.amax(1), x.amax(1) - x.amin(1), x.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
     sixth = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
@@ -705,8 +586,7 @@ def shift_hue(x, shift):
     k = (torch.stack([5 + sixth, 3 + sixth, 1 + sixth], 1) + 6 * shift[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
-def gaussian_blur(x, sigma, kernel=13):
-    """Each picture of x (B, C, H, W) by its own sigma (B,), at most 2, 0 for none, reflected at the edge."""
+def gaussian_blur(x, sigma, kernel=13):     # x: (B, C, H, W); sigma: (B,), at most 2, 0 for none
     B, C, H, W = x.shape
     offset = torch.arange(kernel, device=x.device) - kernel // 2
     weight = (-(offset / sigma.clamp_min(1e-4)[:, None]).square() / 2).softmax(1).repeat_interleave(C, 0)
@@ -714,7 +594,6 @@ def gaussian_blur(x, sigma, kernel=13):
     x = F.conv2d(x, weight[:, None, :, None], groups=B * C)                         # weight: (B C, kernel)
     return F.conv2d(x, weight[:, None, None, :], groups=B * C).view(B, C, H, W)
 
-@torch.no_grad()
 def augment(crops, parameters, mean_std=MEAN_STD["imagenet"], *, color=True, blur=False, solarize=False):
     """Crops (B, 3, S, S) uint8, parameters (B, 8) -> normalized float views, the whole batch at once."""
     flip, brightness, contrast, saturation, hue, gray, sigma, invert = parameters.T[..., None, None, None]
@@ -725,62 +604,46 @@ def augment(crops, parameters, mean_std=MEAN_STD["imagenet"], *, color=True, blu
         x = torch.lerp(TF.rgb_to_grayscale(x), x, saturation).clamp(0, 1)
         x = shift_hue(x, hue[:, 0])
         x = torch.where(gray > 0, TF.rgb_to_grayscale(x), x)
-    if blur:
-        x = gaussian_blur(x, sigma.flatten())
-    if solarize:
-        x = torch.where((invert > 0) & (x >= 0.5), 1 - x, x)
+    x = gaussian_blur(x, sigma.flatten()) if blur else x
+    x = torch.where((invert > 0) & (x >= 0.5), 1 - x, x) if solarize else x
     x = torch.stack([(channel - mean) / std for channel, mean, std in zip(x.unbind(1), *mean_std)], 1)
     return x.contiguous(memory_format=torch.channels_last)
 
-def prepare(crops, parameters, cfg, color=True):
-    """What a loader yields, (B, views, 3, S, S) and (B, views, 8) -> (views B, 3, S, S) on the device, first
-    all of view 1. color=False: crops and flips alone."""
-    crops, parameters = (x.to(cfg.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-                         for x in (crops, parameters))
-    return augment(crops, parameters, MEAN_STD.get(cfg.data, MEAN_STD["imagenet"]), color=color,
+def prepare(crops, parameters, cfg, color=True):    # -> (views B, 3, S, S) on the device, view 1 first
+    both = (torch.cat(x.to(cfg.device, non_blocking=True).unbind(1)) for x in (crops, parameters))
+    return augment(*both, MEAN_STD.get(cfg.data, MEAN_STD["imagenet"]), color=color,
                    blur=color and max(cfg.blur) > 0, solarize=color and max(cfg.solarize) > 0)
 
 def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=False):
-    """This rank's batches, lists of (epoch, index), from batch `start` of the run to the end of its epochs.
-
-    Batch k of an epoch is order[k size : (k + 1) size]; the order is of (key, epoch) alone. group: an epoch
-    has a multiple of it, the rest is dropped. part: (r, W), rank r of W gets its share of each batch; or,
-    whole, those with k mod W = r."""
+    """This rank's lists of (epoch, index) from batch `start` on. Batch k is order[k size : (k + 1) size]; the
+    order is of (key, epoch). part: (r, W), rank r's share of each batch; whole: those with k mod W = r."""
     count, (r, W) = len(indices) // size // group * group, part
+    low, high = (0, size) if whole else (r * size // W, (r + 1) * size // W)
     for number in range(start, epochs * count):
         epoch, k = divmod(number, count)
         if k == 0 or number == start:
             order = indices[permutation(len(indices), *key, epoch)].tolist()
-        batch = order[k * size:(k + 1) * size]
         if not whole or k % W == r:
-            yield [(epoch, i) for i in (batch if whole else batch[r * size // W:(r + 1) * size // W])]
+            yield [(epoch, i) for i in order[k * size + low:k * size + high]]
 
 SIGNALS = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
            if signal.getsignal(each) != signal.SIG_IGN]         # under nohup, SIGHUP is inherited as ignored
 
-def leave_signals_to_the_run(_):
-    """In a loader process: what stops the run must not stop it before the step ends."""
+def leave_signals_to_the_run(_):        # in a loader process, which must not stop before the run's step ends
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
-def loader(views, batches, workers):
-    """Yields what Views gives, stacked. Its processes are spawned: a fork beside running threads (autograd's,
-    gloo's, CUDA's) now and then never returns."""
+def loader(views, batches, workers):    # spawned: a fork beside threads (autograd's, gloo's) may never return
     return torch.utils.data.DataLoader(
         views, batch_sampler=batches, num_workers=workers, pin_memory=views.cfg.device == "cuda",
         worker_init_fn=leave_signals_to_the_run, multiprocessing_context="spawn" if workers else None)
 
 # --- Optimizer and schedule -----------------------------------------------------------------------
-
 class LARS(torch.optim.Optimizer):
-    """You et al. 2017: SGD with momentum, its rate scaled tensor by tensor by eta |w| / (|g| + decay |w|).
-
-    Tensors of one dimension (biases, norms) are neither decayed nor scaled. clip: the factor is at most
-    1 / lr (the authors' setting, with eta 0.02; common for ImageNet is eta 0.001 without)."""
+    """You et al. 2017: rate lr f, clip: min(lr, f), f = eta |w| / (|g| + decay |w|); biases, norms: lr."""
     def __init__(self, params, lr, *, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip=clip)
         super().__init__(params, defaults)
-
     @torch.no_grad()
     def step(self, closure=None):
         with torch.enable_grad():
@@ -794,19 +657,15 @@ class LARS(torch.optim.Optimizer):
                     factor = group["eta"] * w / (g + decay * w + 1e-8)
                     factor = (factor / lr).clamp(max=1) if group["clip"] else factor
                     grad = (grad + decay * p) * torch.where((w > 0) & (g > 0), factor, 1)
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p] = self.state[p] or dict(momentum=torch.zeros_like(p))
                 p.sub_(lr * self.state[p]["momentum"].mul_(group["momentum"]).add_(grad))
         return loss
 
-def learning_rate(step, total, warmup, peak):
-    """Linear over `warmup` steps to `peak`, then half a cosine to 0 at `total`. step: from 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+def learning_rate(step, total, warmup, peak):   # step: from 0; linear to peak, half a cosine to 0 at total
+    falling = (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+    return peak * ((step + 1) / warmup if step < warmup else falling)
 
 # --- Evaluation -----------------------------------------------------------------------------------
-
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)     # of the probe's heads, trained side by side
 
 def autocast(cfg):
@@ -815,18 +674,15 @@ def autocast(cfg):
 
 @torch.no_grad()
 def features(backbone, pictures, indices, cfg):
-    """Features of centre crops (n, width) float32, and their indices, without those of bad files. Each rank
-    reads all. UserError: not finite."""
+    """Of centre crops -> (n, width) float32, and their indices; no bad files. UserError: not finite."""
     parts, rows, read = [[(0, i) for i in part.tolist()] for part in indices.split(256)], [], []
-    workers = cfg.workers if len(parts) > 16 else 0
-    for crops, parameters, _, used in loader(Views(pictures, cfg, views=0), parts, workers):
+    for *batch, _, used in loader(Views(pictures, cfg, views=0), parts, cfg.workers * (len(parts) > 16)):
         with autocast(cfg):
-            rows.append(backbone(prepare(crops, parameters, cfg, color=False)).float())
+            rows.append(backbone(prepare(*batch, cfg, color=False)).float())
         read.append(used)
     rows, good = torch.cat(rows), torch.cat(read) == indices
     if not rows.isfinite().all():
-        raise UserError("the backbone's features are not finite, no number of it would mean anything: give "
-                        "another --probe, or a lower --lr and another --out")
+        raise UserError("features are not finite: give another --probe, or a lower --lr and another --out")
     return rows[good.to(rows.device)], indices[good]
 
 def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
@@ -838,14 +694,11 @@ def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
         right.append(votes.scatter_add_(1, labels[index], (near / temperature).exp()).argmax(1) == answers)
     return torch.cat(right)
 
-def place_in_class(targets):
-    """For each entry: how many of its class stand before it."""
+def place_in_class(targets):    # for each entry: how many of its class stand before it
     order, counts = targets.argsort(stable=True), targets.bincount()
     place = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
     return torch.empty_like(targets).scatter_(0, order, place)
-
-def labelled_pictures(cfg, targets):
-    """Indices of the train pictures whose labels the probe may see: all, or a class-balanced share."""
+def labelled_pictures(cfg, targets):    # whose labels the probe may see, indices: all or a balanced share
     classes, total = int(targets.max()) + 1, round(cfg.label_fraction * len(targets))
     if total < classes:
         least = math.ceil(1e4 * classes / len(targets)) / 1e4
@@ -855,41 +708,35 @@ def labelled_pictures(cfg, targets):
     return order[turn.argsort()[:total]].sort().values          # in turn, one of each class that has more
 
 def linear_probe(backbone, cfg, train, val):
-    """The linear probe and k-NN on a frozen backbone -> what probe.json holds; accuracies in percent.
-
-    Heads of every rate of RATES are trained side by side (SGD, batch 256, a tenth at 60 % and 80 %, decay
-    1e-5: the authors' probe), on cached features of centre crops, or for ImageNet on crops and flips. The
-    head that is best on a tenth of the labelled train pictures, which none was trained on, is run on val."""
+    """The linear probe and k-NN on a frozen backbone -> what probe.json holds; accuracies in percent. Heads
+    of all RATES are trained (SGD, batch 256, a tenth at 60 % and 80 %: the authors' probe) on cached features
+    of centre crops, or for ImageNet on crops and flips; the best on a held-out tenth is then run on val."""
     (r, W), epochs, classes = ranks(), cfg.probe_epochs, int(train.targets.max()) + 1
     backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     labelled = labelled_pictures(cfg, train.targets)
     labelled = labelled[permutation(len(labelled), cfg.seed, "holdout")]
-    targets = train.targets[labelled]
-    of_class = targets.bincount()
+    targets, of_class = train.targets[labelled], train.targets[labelled].bincount()
     held = place_in_class(targets) < (of_class // 10).clamp_min(1).minimum(of_class - 1)[targets]
     fit, hold = labelled[~held], labelled[held] if held.any() else labelled
-    if not held.any():
-        announce("warning: no class has a picture to hold out: the rate is chosen on what it was fit to")
     x_val, i_val = features(backbone, val, torch.arange(len(val)), cfg)
     x_hold, i_hold = features(backbone, train, hold, cfg)
     x_fit, i_fit = features(backbone, train, fit[:262144], cfg)                # what fits into a GPU's memory
-    y_val, y_hold, y_fit = (data.targets[i].to(cfg.device)
-                            for data, i in ((val, i_val), (train, i_hold), (train, i_fit)))
+    y_val = val.targets[i_val].to(cfg.device)
+    y_hold, y_fit = train.targets[i_hold].to(cfg.device), train.targets[i_fit].to(cfg.device)
     cached = cfg.data != "imagenet"
     rows = torch.arange(len(x_fit)) if cached else fit
     size = max(1, min(256, len(rows)) // W) * W
     lists = partial(batches, rows, size, cfg.seed, "probe", epochs=epochs, part=(r, W))
-    source = lists() if cached else loader(Views(train, cfg, views=1, color=False), lists(), cfg.workers)
+    source = None if cached else iter(loader(Views(train, cfg, views=1, color=False), lists(), cfg.workers))
     torch.manual_seed(cfg.seed)
     heads = nn.ModuleList(nn.Linear(x_fit.shape[1], classes) for _ in RATES).to(cfg.device)
     optimizer = torch.optim.SGD([dict(params=h.parameters()) for h in heads], momentum=0.9, weight_decay=1e-5)
-    bar = tqdm(lists(), "probe", epochs * (len(rows) // size), disable=process()[0] > 0, leave=False)
-    for keys, item in zip(bar, source):                         # keys: (epoch, index), ...
+    for keys in tqdm(lists(), "probe", epochs * (len(rows) // size), disable=process()[0] > 0, leave=False):
         if cached:
-            i = torch.tensor([i for _, i in keys])
-            x, y = x_fit[i.to(cfg.device)], y_fit[i.to(cfg.device)]
+            i = torch.tensor([i for epoch, i in keys], device=cfg.device)
+            x, y = x_fit[i], y_fit[i]
         else:
-            crops, parameters, _, i = item
+            crops, parameters, _, i = next(source)
             with torch.no_grad(), autocast(cfg):
                 x = backbone(prepare(crops, parameters, cfg, color=False)).float()
             y = train.targets[i].to(cfg.device)
@@ -900,19 +747,14 @@ def linear_probe(backbone, cfg, train, val):
         for p in heads.parameters():
             p.grad = mean_over_ranks(p.grad)
         optimizer.step()
-
     @torch.no_grad()
     def right(head, x, y, k=1):                                 # (n,) bool: the truth is among the k largest
         parts = zip(x.split(4096), y.split(4096))
         return torch.cat([(head(x).topk(min(k, classes)).indices == y[:, None]).any(1) for x, y in parts])
-
     def percent(right):
         return 100 * right.double().mean().item()
-
     holdout = [percent(right(head, x_hold, y_hold)) for head in heads]
     best = max(range(len(RATES)), key=holdout.__getitem__)
-    if best in (0, len(RATES) - 1):
-        announce(f"warning: the probe's best rate, {RATES[best]}, is at the edge of its grid {RATES}")
     top1, knn = right(heads[best], x_val, y_val), nearest_neighbors(x_fit, y_fit, x_val, y_val)
     digits = ["".join(map(str, which.int().tolist())) for which in (top1, knn)]
     return dict(top1=percent(top1), top5=percent(right(heads[best], x_val, y_val, 5)), knn=percent(knn),
@@ -921,9 +763,7 @@ def linear_probe(backbone, cfg, train, val):
                 right=digits[0], knn_right=digits[1])           # which val pictures were right, a digit each
 
 @torch.no_grad()
-def emergence(model, cfg, train, val, picture=None):
-    """Once an epoch, for every --loss: H(i) on one fixed batch, the features on fixed subsets -> scalars.
-    Labels are used for logging alone. picture: path of neighbours.png."""
+def emergence(model, cfg, train, val, picture=None):    # -> scalars, of fixed pictures; labels: to log alone
     model.eval()
     fixed = [(0, i) for i in permutation(len(train), "fixed")[:256].tolist()]
     crops, parameters, _, i = next(iter(loader(Views(train, cfg, seed="fixed"), [fixed], 0)))
@@ -940,8 +780,7 @@ def emergence(model, cfg, train, val, picture=None):
             out["chance" + name] = same[i[:, None] != i].double().mean()
     x, i_train = features(model.method.backbone, train, permutation(len(train), "subset")[:2048], cfg)
     p = torch.linalg.svdvals(x)
-    p = p / p.sum() + 1e-7
-    out["rankme"] = (-p * p.log()).sum().exp()                                          # Garrido et al. 2023
+    out["rankme"] = torch.special.entr(p / p.sum() + 1e-7).sum().exp()                  # Garrido et al. 2023
     if val and train.targets is not None:
         x_val, i_val = features(model.method.backbone, val, permutation(len(val), "subset")[:512], cfg)
         right = nearest_neighbors(x, train.targets[i_train], x_val, val.targets[i_val])
@@ -951,9 +790,7 @@ def emergence(model, cfg, train, val, picture=None):
     model.train()
     return {key: value.item() for key, value in out.items()}
 
-def draw_neighbors(path, views, index, local, cosine, rows=8, columns=8):
-    """A row: an anchor in a frame, then the pictures in its H(i), the nearest first; blank where H(i) has no
-    more. The anchors are the first of the fixed batch, which is in random order."""
+def draw_neighbors(path, views, index, local, cosine, rows=8, columns=8):   # a row: i, framed, then its H(i)
     grid, zoom = [], max(1, 64 // views.cfg.size)
     for anchor in range(min(rows, len(index) // 2)):
         members = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
@@ -961,15 +798,12 @@ def draw_neighbors(path, views, index, local, cosine, rows=8, columns=8):
         strip = [torch.kron(views[0, i][0][0] / 255, torch.ones(zoom, zoom)) for i in chosen]
         strip += [torch.ones_like(strip[0])] * (columns - len(strip))
         grid += [F.pad(x, [4] * 4, value=float(place > 0)) for place, x in enumerate(strip)]
-    grid = torchvision.utils.make_grid(grid, nrow=columns, pad_value=1)
-    write(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
+    write(path, partial(torchvision.utils.save_image, grid, format="png", nrow=columns, pad_value=1))
 
 # --- Pre-training ---------------------------------------------------------------------------------
-
 INTERRUPTED = 75        # the exit status of a run that goes on when the same command is given again
 
-def write(path, fill):
-    """Atomically: a reader, or a resumed run, finds the old file or the new one. fill: writes to a file."""
+def write(path, fill):      # atomically: a reader, or a resumed run, finds the old file or the new one
     aside = path + ".tmp"
     try:
         if os.path.lexists(aside):
@@ -979,11 +813,9 @@ def write(path, fill):
             os.fsync(file.flush() or file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there is intact: make room, "
-                        "then give the same command again") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}): make room, then repeat") from error
 
-def read(path, reader, remedy):
-    """reader(open file). UserError: it cannot be read; or, with the remedy, it is malformed."""
+def read(path, reader, remedy):     # -> reader(open file); UserError, with the remedy: unreadable, malformed
     try:
         with open(path, "rb") as file:
             return reader(file)
@@ -996,14 +828,9 @@ def read(path, reader, remedy):
         raise UserError(f"{path}: not what it should be ({reason}); {remedy}") from error
 
 def read_json(path, remedy):
-    """What write_json wrote; {} if there is no such file."""
     return read(path, lambda file: dict(json.load(file)), remedy) if os.path.exists(path) else {}
 
-def write_json(path, content):
-    write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-def fingerprint(*parts):
-    """SHA-256 of bytes, of the tensors of a module, or of what JSON can hold."""
+def fingerprint(*parts):    # SHA-256 of bytes, of the tensors of a module, or of what JSON can hold
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
@@ -1013,24 +840,20 @@ def fingerprint(*parts):
         whole.update(len(part).to_bytes(8, "big") + part)
     return whole.hexdigest()
 
-def agree(content, cfg, what):
-    """UserError unless all ranks hold the same content."""
+def agree(content, cfg, what):      # UserError unless all ranks hold the same content
     mine = torch.tensor(list(fingerprint(content).encode()), dtype=torch.uint8, device=cfg.device)[None]
     if (gather(mine) != mine).any():
         raise UserError(f"the ranks see different {what}: let all see the same --root and --out")
 
 @contextlib.contextmanager
 def signals_counted():
-    """Yields a list of the signals that have come; the second ends the process at once. A thread hears them:
-    Python's own handlers wait while the main thread is inside a blocking call."""
+    """Yields a list of what came; a second ends all. By a thread: Python's handlers wait for system calls."""
     came, (end, start) = [], os.pipe()
-
     def listen():
         while number := os.read(end, 1):
             came.append(number)
             if len(came) == 2:
                 os._exit(INTERRUPTED)
-
     os.set_blocking(start, False)
     threading.Thread(target=listen, daemon=True).start()
     signal.set_wakeup_fd(start)
@@ -1045,13 +868,12 @@ def signals_counted():
         signal.set_wakeup_fd(-1)
         os.close(start)
 
-def build_model(cfg):
-    """The wrapped method on the CPU; its weights are a function of the seed."""
+def build_model(cfg):       # the wrapped method on the CPU; its weights are a function of the seed
     torch.manual_seed(cfg.seed)
     backbone, width = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     kind, norm = METHODS[cfg.method], group_norm if cfg.norm == "group" else nn.BatchNorm1d
-    heads = {name: getattr(cfg, name) for name in (*HEADS, "temperature")
-             if name in inspect.signature(kind).parameters}
+    takes = {*HEADS, "temperature"} & inspect.signature(kind).parameters.keys()
+    heads = {name: getattr(cfg, name) for name in takes}
     try:
         method = kind(backbone, width, norm=norm, **heads)
     except RuntimeError:
@@ -1063,9 +885,8 @@ def build_model(cfg):
     return HEX(method, cfg.loss, threshold=threshold, warmup=cfg.hex_warmup, **of_hex)
 
 def in_words(figures):
-    """Of one epoch: for the terminal."""
-    names = dict(threshold="threshold", local="mean |H|", purity="purity of H", chance="chance", rankme="RankMe",
-                 knn="k-NN %")
+    names = dict(threshold="threshold", local="mean |H|", purity="purity of H", chance="chance",
+                 rankme="RankMe", knn="k-NN %")
     return ", ".join(f"{word} {figures[key]:.3g}" for key, word in names.items() if key in figures)
 
 def pretrain(model, cfg, train, val, out, identity):
@@ -1073,8 +894,8 @@ def pretrain(model, cfg, train, val, out, identity):
     r, W, _ = process()
     whole = cfg.accumulate % W == 0           # each rank computes whole losses by itself; or its part of each
     losses = cfg.accumulate // W if whole else cfg.accumulate                   # of this rank, in a step
-    per_epoch = len(train) // (cfg.batch_size * cfg.accumulate)                 # steps
-    total, peak = cfg.epochs * per_epoch, cfg.lr * cfg.batch_size * cfg.accumulate / 256
+    images = cfg.batch_size * cfg.accumulate                                    # in a step, of all ranks
+    per_epoch, total, peak = len(train) // images, cfg.epochs * (len(train) // images), cfg.lr * images / 256
     model.to(cfg.device, memory_format=torch.channels_last).train()
     if W > 1 and not whole and cfg.device == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1083,64 +904,52 @@ def pretrain(model, cfg, train, val, out, identity):
         model.method.compile()
     model.method.steps, model.method.losses = total, losses
     weights = [p for p in model.parameters() if p.requires_grad]
+    statistics = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     optimizer = LARS(weights, peak, weight_decay=cfg.weight_decay, eta=cfg.eta, clip=cfg.clip)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
-    statistics = [buffer for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-                  for buffer in (module.running_mean, module.running_var)]
-
-    done, logged, checkpoint = 0, 0, os.path.join(out, "checkpoint.pt")
-    if os.path.exists(checkpoint):
-        def restore(file):
-            state = torch.load(file, map_location="cpu", weights_only=True)     # runs no code from the file
-            if state["identity"] != identity:
-                raise UserError(f"{checkpoint}: is of another experiment, or of other data; give another --out")
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            return state["step"], state["logged"]
-        done, logged = read(checkpoint, restore, "delete it to start again")
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)               # of a checkpoint
+    def restore(file):
+        state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code from the file
+        if state["identity"] != identity:
+            raise UserError(f"{checkpoint}: is of another experiment, or of other data; give another --out")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"], state["logged"]
+    checkpoint, again = os.path.join(out, "checkpoint.pt"), "delete it to start again"
+    done, logged = read(checkpoint, restore, again) if os.path.exists(checkpoint) else (0, 0)
     agree(done, cfg, "checkpoints")
     log = open(os.path.join(out, "metrics.jsonl"), "ab") if r == 0 else io.BytesIO()
-    log.truncate(logged)                                        # what came after the checkpoint comes again
-    log.seek(0, os.SEEK_END)
+    log.seek(log.truncate(logged))                              # what came after the checkpoint comes again
     order = batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", epochs=cfg.epochs,
                     start=done * cfg.accumulate, group=cfg.accumulate, part=(r, W), whole=whole)
     source = iter(loader(Views(train, cfg), order, cfg.workers))
-
     def note(**event):
         event = {key: None if value != value else value for key, value in event.items()}    # NaN is no JSON
         log.write(json.dumps(event).encode() + b"\n")
         log.flush()
-
-    def describe(step):
-        """What has emerged: logged and printed; at the start and at the end as a picture, too."""
-        epoch = step // max(1, per_epoch)
-        picture = {0: "neighbours_early.png", total: "neighbours.png"}.get(step)
+    def describe(step):     # what has emerged: logged and printed; at the start and at the end a picture, too
+        epoch, names = step // max(1, per_epoch), {0: "neighbours_early.png", total: "neighbours.png"}
         with alone():
-            figures = emergence(model, cfg, train, val, picture and os.path.join(out, picture))
+            figures = emergence(model, cfg, train, val, step in names and os.path.join(out, names[step]))
         note(event="epoch", step=step, epoch=epoch, **figures)
         announce(f"epoch {epoch}/{cfg.epochs}: {in_words(figures)}")
         if step and figures["std"] < 0.1:
             announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1): lower --lr")
         return figures
-
-    figures, since, first, waited, scale = {}, time.perf_counter(), done, 0.0, scaler.get_scale()
+    since, first, waited, scale = time.perf_counter(), done, 0.0, scaler.get_scale()
     with signals_counted() as signals, tqdm(total=total, initial=done, disable=r > 0, unit="step") as bar:
-        if done == 0:
-            figures = describe(0)
+        figures = {} if done else describe(0)
         for step in range(done + 1, total + 1):
-            epoch = (step - 1) // per_epoch
+            epoch, history = (step - 1) // per_epoch, []                        # loss and stats of each loss
             lr = learning_rate(step - 1, total, cfg.lr_warmup * per_epoch, peak)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-            history = []                                                        # loss and stats of each loss
             for k in range(losses):
                 asked = time.perf_counter()
                 crops, parameters, _, used = next(source)                       # (B, 2, 3, S, S), (B, 2, 8)
                 waited += time.perf_counter() - asked
                 x1, x2 = prepare(crops, parameters, cfg).chunk(2)
-                torch.manual_seed(rng_of(cfg.seed, "step", step, k * W + r).getrandbits(63))                      # dropout
+                torch.manual_seed(rng_of(cfg.seed, "step", step, k * W + r).getrandbits(63))        # dropout
                 oracle = cfg.threshold == "oracle" and OracleHierarchy(train.coarse[used].to(cfg.device))
                 alike = k == losses - 1 or W == 1                               # DDP averages gradients
                 with alone(whole), contextlib.nullcontext() if alike else ddp.no_sync():
@@ -1149,70 +958,59 @@ def pretrain(model, cfg, train, val, out, identity):
                     loss, stats = model.loss(*embeddings, epoch=epoch, threshold=oracle or None)
                     scaler.scale(loss / losses).backward()
                 history.append(dict(loss=loss.detach(), **stats))
-
             finite = torch.stack([values["loss"] for values in history]).isfinite().all()
             if cfg.amp != "fp16":                                           # there, the scaler skips the step
                 finite &= nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).isfinite()
             flags = mean_over_ranks(torch.stack([~finite, torch.full_like(finite, bool(signals))]).float())
             broken, stop = (flag > 0 for flag in flags.tolist())            # the host waits here, once a step
             if broken or scale < 1e-9:
-                raise UserError(f"step {step}: the loss or its gradient is not finite; the checkpoint is intact: "
-                                "lower --lr and give another --out")
+                raise UserError(f"step {step}: the loss or its gradient is not finite: lower --lr, new --out")
             scaler.step(optimizer)
             scaler.update()
             before, scale = scale, scaler.get_scale()
-            if scale >= before:                                                # one that fell: a skipped step
+            if scale >= before:                                             # one that fell: a skipped step
                 model.after_step(step)
-            if W > 1 and statistics:                                         # BatchNorm's: alike on all ranks
+            if W > 1 and statistics:                                        # BatchNorm's: alike on all ranks
                 mean = mean_over_ranks(torch.cat(statistics))
                 torch._foreach_copy_(statistics, list(mean.split([len(each) for each in statistics])))
-
             if step % cfg.log_every == 0 or step == total:
                 stats = {key: mean_over_ranks(torch.stack([values[key] for values in history]).mean()).item()
                          for key in history[0]}
-                seconds = time.perf_counter() - since
-                speed = (step - first) * cfg.batch_size * cfg.accumulate / seconds
-                note(event="step", step=step, epoch=epoch, **stats, lr=lr, images_per_second=speed,
-                     data_wait=waited / seconds)
-                shown = {"img/s": speed, "wait": waited / seconds} | figures | stats
-                bar.set_postfix({key: f"{shown[key]:.3g}" for key in ("loss", "threshold", "local", "img/s",
-                                                                      "wait") if key in shown}, refresh=False)
+                dt = time.perf_counter() - since
+                stats |= dict(lr=lr, images_per_second=(step - first) * images / dt, data_wait=waited / dt)
+                note(event="step", step=step, epoch=epoch, **stats)
+                names = ("loss", "threshold", "local", "images_per_second", "data_wait")
+                bar.set_postfix({k: v for k, v in (figures | stats).items() if k in names}, refresh=False)
                 since, first, waited = time.perf_counter(), step, 0.0
             bar.update()
             if step % per_epoch == 0:
                 figures = describe(step)
-            if step % per_epoch == 0 or stop or cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                             scaler=scaler.state_dict(), logged=log.tell(), identity=identity)
-                if r == 0:
-                    write(checkpoint, partial(torch.save, state))
+            if r == 0 and (stop or step % per_epoch == 0 or step % (cfg.checkpoint_every or per_epoch) == 0):
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= dict(step=step, logged=log.tell(), identity=identity)
+                write(checkpoint, partial(torch.save, state))
             if stop:
                 raise KeyboardInterrupt
     log.close()
     return model.method.backbone
 
 # --- Config and recipes ---------------------------------------------------------------------------
-
 HEADS = ("hidden", "dim", "predictor", "queue", "ema")                          # arguments of a Method
 RECIPE_OF = dict(shapes="shapes", cifar10="cifar", cifar100="cifar", imagenet="imagenet", folder="imagenet")
 COUNT, POSITIVE, SHARE, REAL = (int, 0, 2**31), (int, 1, 2**31), (float, 0, 1), (float, 0, 1e6)
 OPTIONS = dict(     # name: default (None: the recipe's or the machine's), what is accepted, what it is
     data=("shapes", [*RECIPE_OF], "what to train on"),
-    size=(None, (int, 8, 4096), "side of a view in pixels"),
-    method=("simclr", [*METHODS], "the SSL method"),
+    size=(None, (int, 8, 4096), "side of a view in pixels"), method=("simclr", [*METHODS], "the SSL method"),
     loss=("hex", [*LOSSES], "base: the method's own; or what takes its place or joins it"),
     decoupled=(False, bool, "HEX without the positive in the denominator"),
     threshold=("adaptive", ["adaptive", "step", "cosine", "oracle"], "what splits H from G; oracle: LABELS"),
-    temperature=(None, (float, 1e-3, 1e6), "tau"),
-    quantile=(0.99, (float, 1e-6, 1 - 1e-6), "q"),
+    temperature=(None, (float, 1e-3, 1e6), "tau"), quantile=(0.99, (float, 1e-6, 1 - 1e-6), "q"),
     beta=(1.0, REAL, "how much the nearest weigh in Q"),
     tau_plus=(0.1, (float, 0, 1 - 1e-6), "assumed share of positives in H"),
     alpha=(None, SHARE, "weight of the loss against the method's own"),
     hex_warmup=(None, COUNT, "first epochs, with the method's own loss"),
-    hidden=(None, POSITIVE, "hidden width of the projector"),
-    dim=(None, POSITIVE, "dimensions of an embedding"),
-    predictor=(None, POSITIVE, "hidden width of the predictor"),
-    queue=(None, POSITIVE, "embeddings in the queue"),
+    hidden=(None, POSITIVE, "hidden width of the projector"), dim=(None, POSITIVE, "width of an embedding"),
+    predictor=(None, POSITIVE, "hidden width of the predictor"), queue=(None, POSITIVE, "embeddings in it"),
     ema=(None, SHARE, "momentum of the target at the start"),
     backbone=(None, "NAME", "a torchvision classifier, resnet10_narrow, or pixels"),
     norm=("batch", ["batch", "group"], "normalization of ResNets and heads"),
@@ -1220,10 +1018,8 @@ OPTIONS = dict(     # name: default (None: the recipe's or the machine's), what 
     batch_size=(None, (int, 2, 2**31), "images in one loss"),
     accumulate=(None, POSITIVE, "losses in one step (adds no negatives)"),
     lr=(None, (float, 1e-9, 1e6), "base rate; the rate is lr * batch * accumulate / 256"),
-    lr_warmup=(None, COUNT, "epochs of linear warm-up"),
-    weight_decay=(None, REAL, "L2, not on biases and norms"),
-    eta=(None, (float, 1e-9, 1e6), "trust coefficient of LARS"),
-    clip=(None, bool, "LARS only ever lowers a rate"),
+    lr_warmup=(None, COUNT, "epochs of linear rise"), weight_decay=(None, REAL, "L2, not on biases, norms"),
+    eta=(None, (float, 1e-9, 1e6), "trust coefficient of LARS"), clip=(None, bool, "LARS only lowers rates"),
     amp=(None, ["off", "bf16", "fp16"], "autocast; off on a CPU"),
     seed=(0, COUNT, "of weights, order and views"),             # the experiment ends here
     root=(None, "DIR", "DIR/{train,val}/<class>/*, pictures anywhere below, or CIFAR's archive"),
@@ -1235,30 +1031,24 @@ OPTIONS = dict(     # name: default (None: the recipe's or the machine's), what 
     label_fraction=(1.0, (float, 1e-6, 1), "share of train labels it sees, class-balanced"),
     out=(None, "DIR", "where results go; runs/<data>-<method>-<loss>-s<seed>..."),
     device=(None, ["cpu", "cuda"], "cuda where there is one"),
-    workers=(None, COUNT, "loader processes a rank"),
-    compile=(False, bool, "torch.compile the method"),
+    workers=(None, COUNT, "loader processes a rank"), compile=(False, bool, "torch.compile the method"),
     checkpoint_every=(None, POSITIVE, "steps between checkpoints, beside each epoch's"),
     log_every=(10, POSITIVE, "steps between lines of metrics.jsonl"))
-# Settings without a flag: jitter is of brightness, contrast, saturation, hue; blur and solarize: shares of either
-# view; in the epochs of hex_warmup H is above warmup_threshold, if there is one; drop: of the step threshold.
-COMMON = dict(batch_size=256, accumulate=1, eta=0.02, hex_warmup=10, warmup_threshold=None, drop=0.1,
+# Settings without a flag: jitter is of brightness, contrast, saturation, hue; blur and solarize: shares of
+# either view; in the epochs of hex_warmup H is above warmup_threshold, if any; drop: of the step threshold.
+COMMON = dict(batch_size=256, accumulate=1, eta=0.02, clip=True, temperature=0.1, amp="fp16", hex_warmup=10,
+              lr=0.3, weight_decay=1e-4, warmup_threshold=None, drop=0.1, crop_min=0.08, size=32,
               grayscale=0.2, jitter=[0.8, 0.8, 0.8, 0.2], blur=[0.5, 0.5], solarize=[0.0, 0.0])
 SHARP = dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=[0.0, 0.0], solarize=[0.0, 0.2])   # BYOL's views, at 32 pixels
 ASYMMETRIC = SHARP | dict(blur=[1.0, 0.1])
-TINY = COMMON | dict(backbone="resnet10_narrow", size=32, weight_decay=1e-4, clip=False, temperature=0.2,
-                     amp="off", blur=[0.0, 0.0])
+TINY = COMMON | dict(backbone="resnet10_narrow", clip=False, temperature=0.2, amp="off", blur=[0.0, 0.0])
 RECIPES = {  # what holds for any method, then where one differs; other heads are its class's. Sources: README
-    "imagenet": {
-        "any": COMMON | dict(backbone="resnet50", size=224, epochs=100, lr=0.3, weight_decay=1e-6, clip=True,
-                             crop_min=0.08, temperature=0.1, amp="fp16", drop_every=20),
-        "simclr": dict(accumulate=16),
+    "imagenet": {"simclr": dict(accumulate=16), "barlow": ASYMMETRIC, "vicreg": ASYMMETRIC,
+        "any": COMMON | dict(backbone="resnet50", size=224, epochs=100, weight_decay=1e-6, drop_every=20),
         "nnclr": ASYMMETRIC | dict(weight_decay=1e-5, warmup_threshold=0.9, drop_every=25),
         "mocov3": ASYMMETRIC | dict(temperature=1.0, lr=0.6), "byol": ASYMMETRIC | dict(lr=0.45),
-        "simsiam": dict(jitter=[0.4, 0.4, 0.4, 0.1], lr=0.05, weight_decay=1e-4),
-        "barlow": ASYMMETRIC, "vicreg": ASYMMETRIC},
-    "cifar": {
-        "any": COMMON | dict(backbone="resnet18", size=32, epochs=400, lr=0.4, weight_decay=1e-4, clip=True,
-                             crop_min=0.08, temperature=0.1, amp="fp16", drop_every=100),
+        "simsiam": dict(jitter=[0.4, 0.4, 0.4, 0.1], lr=0.05, weight_decay=1e-4)},
+    "cifar": {"any": COMMON | dict(backbone="resnet18", epochs=400, lr=0.4, drop_every=100),
         "nnclr": SHARP | dict(temperature=0.2, weight_decay=1e-5, queue=65536, lr=1.0, warmup_threshold=0.9,
                               drop=0.0),
         "barlow": SHARP | dict(lr=0.3, hidden=2048, dim=2048, hex_warmup=0),
@@ -1272,8 +1062,7 @@ RECIPES = {  # what holds for any method, then where one differs; other heads ar
 EXPERIMENT = [*OPTIONS][:[*OPTIONS].index("seed") + 1] + [
     "warmup_threshold", "drop", "drop_every", "crop_min", "grayscale", "jitter", "blur", "solarize"]
 
-def resolve(recipe, method, given):
-    """-> every setting: what was given, else the recipe's for the method, else the method's own."""
+def resolve(recipe, method, given):     # -> every setting: given, else the recipe's, else the method's own
     takes, chosen = inspect.signature(METHODS[method]).parameters, RECIPES[recipe]["any"]
     chosen = {"alpha": METHODS[method].alpha} | chosen | RECIPES[recipe].get(method, {})
     chosen = {name: value for name, value in chosen.items() if name not in HEADS or name in takes}
@@ -1285,35 +1074,26 @@ def resolve(recipe, method, given):
     return {"drop_every": max(1, tenth)} | settings
 
 # --- Command line ---------------------------------------------------------------------------------
-
 def fail(message):
     raise CommandError(message)
-
-def process():
-    """(rank, ranks, rank on this machine), as torchrun says; the one place where its variables are read."""
+def process():      # (rank, ranks, rank on this machine), as torchrun says: its variables are read here alone
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
     missing = [name for name in names if name not in os.environ]
     if 0 < len(missing) < len(names):
         fail(f"{', '.join(missing)}: not set, but others of torchrun's are: use torchrun, or unset all")
     return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names[:3])
-
 def wait_for_all():
     if process()[1] > 1:
         dist.barrier()
-
-def clean(text):
-    """One line for a terminal, whatever is in the names of files."""
+def clean(text):        # one line for a terminal, whatever is in the names of files
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).strip())[:1000]
-
 def announce(text):
     if process()[0] == 0:
         tqdm.write(clean(text), file=sys.stderr)
-
 def flag(name):
     return "--" + name.replace("_", "-")
 
-def parse(argv):
-    """-> cfg, with every setting, and a dict of what was given."""
+def parse(argv):        # -> cfg, with every setting, and a dict of what was given
     parser = argparse.ArgumentParser("hex.py", "hex.py [options]", "HEX (WACV 2025)", allow_abbrev=False)
     parser.error = fail
     for name, (default, kind, text) in OPTIONS.items():
@@ -1322,12 +1102,20 @@ def parse(argv):
             dict(metavar=kind) if isinstance(kind, str) else dict(type=kind[0], metavar=kind[0].__name__)
         text += f" [{default}]" if default else ""
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
-    given = vars(parser.parse_args(argv))
+    given, chosen = vars(parser.parse_args(argv)), {}
     for name, value in given.items():
         kind = OPTIONS[name][1]
         if value == "" or isinstance(kind, tuple) and not kind[1] <= value <= kind[2]:
-            fail(f"{flag(name)} {value!r}: {'is empty; leave it out' if value == '' else f'must lie in {kind[1:]}'}")
-    chosen = inherited(given) | given
+            wrong = "is empty; leave it out" if value == "" else f"must lie in {kind[1:]}"
+            fail(f"{flag(name)} {value!r}: {wrong}")
+    if "probe" in given and not {"backbone", "data"} <= given.keys():          # else as in the run it is of
+        beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
+        if not os.path.exists(beside):
+            fail(f"--probe {given['probe']}: there is no config.json beside it; name --backbone and --data")
+        saved = read(beside, lambda file: dict(json.load(file)["config"]), "name --backbone and --data")
+        names = ("recipe", "backbone", "norm", "size") + ("data", "root", "classes") * ("data" not in given)
+        chosen = {name: saved[name] for name in names if saved.get(name) is not None}
+    chosen |= given
     chosen.setdefault("recipe", RECIPE_OF[chosen.get("data", "shapes")])
     cfg = argparse.Namespace(**resolve(chosen["recipe"], chosen.get("method", "simclr"), chosen))
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1340,32 +1128,18 @@ def parse(argv):
     check(cfg, given)
     return cfg, given
 
-def inherited(given):
-    """What --probe FILE takes from the config.json beside it: architecture and, if not given, the data."""
-    beside = os.path.join(os.path.dirname(given.get("probe", "")), "config.json")
-    if "probe" not in given or {"backbone", "data"} <= given.keys():
-        return {}
-    if not os.path.exists(beside):
-        fail(f"--probe {given['probe']}: there is no config.json beside it; name --backbone and --data")
-    saved = read(beside, lambda file: dict(json.load(file)["config"]), "name --backbone and --data")
-    names = ("recipe", "backbone", "norm", "size") + ("data", "root", "classes") * ("data" not in given)
-    return {name: saved[name] for name in names if saved.get(name) is not None}
-
-def check(cfg, given):
-    """CommandError for a flag that has no effect, or flags that contradict each other."""
+def check(cfg, given):      # CommandError for a flag that has no effect, or flags that contradict each other
     takes, folder = inspect.signature(METHODS[cfg.method]).parameters, cfg.data in ("imagenet", "folder")
     training = {*EXPERIMENT, "compile", "log_every", "checkpoint_every"}
-    q = {"beta", "tau_plus", "decoupled"}
-    no_effect = [                                           # (if, these flags have none, beside this)
-        (cfg.probe, training - {"data", "size", "backbone", "norm", "amp", "seed"}, "--probe"),
-        (cfg.loss in ("base", "infonce", "dcl"), q | {"threshold", "quantile"}, f"--loss {cfg.loss}"),
-        (cfg.loss == "base", {"alpha", "hex_warmup"} | {"temperature"} - takes.keys(), "--loss base"),
-        (cfg.loss == "released", q, "--loss released"),
-        (cfg.threshold != "adaptive", {"quantile"}, f"--threshold {cfg.threshold}"),
-        (True, {*HEADS} - takes.keys(), f"--method {cfg.method}"),
-        (cfg.data == "shapes", {"root"}, "--data shapes"),
-        (not folder, {"classes", "skip_bad_files"}, f"--data {cfg.data}")]
-    for condition, names, reason in no_effect:
+    for condition, names, reason in (                       # (if, these flags have no effect, beside this)
+            (cfg.probe, training - {"data", "size", "backbone", "norm", "amp", "seed"}, "--probe"),
+            (cfg.loss != "hex", {"beta", "tau_plus", "decoupled"}, f"--loss {cfg.loss}"),
+            (cfg.loss in ("base", "infonce", "dcl"), {"threshold", "quantile"}, f"--loss {cfg.loss}"),
+            (cfg.loss == "base", {"alpha", "hex_warmup"} | {"temperature"} - takes.keys(), "--loss base"),
+            (cfg.threshold != "adaptive", {"quantile"}, f"--threshold {cfg.threshold}"),
+            (True, {*HEADS} - takes.keys(), f"--method {cfg.method}"),
+            (cfg.data == "shapes", {"root"}, "--data shapes"),
+            (not folder, {"classes", "skip_bad_files"}, f"--data {cfg.data}")):
         for name in sorted(names & given.keys()) if condition else ():
             fail(f"{flag(name)} {given[name]}: has no effect beside {reason}; leave it out")
     if folder and not os.path.isdir(cfg.root or ""):
@@ -1374,7 +1148,7 @@ def check(cfg, given):
         fail(f"--batch-size {cfg.batch_size}: give a multiple of the {process()[1]} ranks")
     for name in ("hex_warmup", "lr_warmup"):
         if cfg.epochs and getattr(cfg, name) >= cfg.epochs:
-            fail(f"{flag(name)} {getattr(cfg, name)}: leaves no epoch; give {flag(name)} {cfg.epochs - 1} or less")
+            fail(f"{flag(name)} {getattr(cfg, name)}: leaves no epoch; give {flag(name)} {cfg.epochs - 1}")
     if cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"):
         fail(f"--threshold oracle: --data {cfg.data} has no super-classes; give --data shapes or cifar100")
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -1382,44 +1156,41 @@ def check(cfg, given):
     if cfg.backbone == "pixels" and cfg.epochs and not cfg.probe:
         fail("--backbone pixels: has no weights to train; add --epochs 0")
 
-def load_backbone(path, cfg):
-    """A backbone.pt, or a torchvision file of that architecture; its classifier's keys are left out."""
+def load_backbone(path, cfg):   # a backbone.pt, or a torchvision file of that architecture but its classifier
     backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     mine = backbone.state_dict()
-
     def fill(file):
         state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code from the file
         for name in [k for k in state if re.match(r"(fc|classifier|heads?)\.", k) and k not in mine]:
             del state[name]                                                     # in place: it keeps _metadata
         require(all(state[k].dtype == mine[k].dtype for k in state.keys() & mine.keys()), "another dtype")
         backbone.load_state_dict(state)
-        return backbone
-    return read(path, fill, f"give a file of --backbone {cfg.backbone} at --size {cfg.size}")
+    read(path, fill, f"give a file of --backbone {cfg.backbone} at --size {cfg.size}")
+    return backbone
 
-def default_out(cfg):
-    """runs/<data>-<method>-<loss>-s<seed>, and what differs from the recipe."""
+def default_out(cfg):       # runs/<data>-<method>-<loss>-s<seed>, and what differs from the recipe
     named = {name: getattr(cfg, name) for name in ("data", "method", "loss", "seed")}
     plain = resolve(cfg.recipe, cfg.method, named | ({} if cfg.device == "cuda" else {"amp": "off"}))
-    name = f"{cfg.data}-{cfg.method}-{cfg.loss}-s{cfg.seed}" + "".join(
-        f"-{key}_{getattr(cfg, key)}" for key in EXPERIMENT if getattr(cfg, key) != plain[key])
-    if cfg.probe:
-        name = f"{cfg.data}-probe-{os.path.basename(os.path.dirname(cfg.probe))}-s{cfg.seed}"
-    name = re.sub(r"[^\w.+-]+", "_", name)
+    other = "".join(f"-{key}_{getattr(cfg, key)}" for key in EXPERIMENT if getattr(cfg, key) != plain[key])
+    about = f"{cfg.method}-{cfg.loss}-s{cfg.seed}{other}"
+    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}-s{cfg.seed}" if cfg.probe else about
+    name = re.sub(r"[^\w.+-]+", "_", f"{cfg.data}-{about}")
     return os.path.join("runs", name if len(name) < 200 else name[:180] + "-" + fingerprint(name)[:12])
 
 @contextlib.contextmanager
-def open_run(out, cfg, argv, identity):
-    """The run's folder: made, or found to be of the same experiment and data; locked meanwhile."""
+def open_run(out, cfg, argv, identity):     # the folder: made, or of the same experiment and data; locked
     path, code, lock = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read()), None
     saved = read_json(path, "give another --out")
-    there = saved.get("config", {})
-    if saved and bool(there.get("probe")) != bool(cfg.probe) or saved.get("identity", identity) != identity and not cfg.probe:
-        differing = [f"{flag(name)} {there.get(name)} there, {getattr(cfg, name)} here"
-                     for name in EXPERIMENT if there.get(name) != getattr(cfg, name)] or ["of other data"]
-        raise UserError(f"--out {out}: holds another experiment ({'; '.join(differing)}); give another --out")
+    there, here = saved.get("config", {}), vars(cfg)
+    foreign = not cfg.probe and saved.get("identity") != identity
+    if saved and (foreign or bool(cfg.probe) != bool(there.get("probe"))):
+        other = [f"{flag(name)} {there.get(name)} there, {here[name]} here" for name in EXPERIMENT
+                 if there.get(name) != here[name]] or ["of other data"]
+        raise UserError(f"--out {out}: holds another experiment ({'; '.join(other)}); give another --out")
     if saved and saved.get("code") != code:
         announce(f"warning: hex.py has changed since {out} was begun")
-    if not saved and os.path.lexists(out) and not (os.path.isdir(out) and set(os.listdir(out)) <= {"lock", "config.json.tmp"}):
+    known = {"lock", "config.json.tmp"}
+    if not saved and os.path.lexists(out) and not (os.path.isdir(out) and known.issuperset(os.listdir(out))):
         raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
     if process()[0] == 0:
         try:
@@ -1430,17 +1201,16 @@ def open_run(out, cfg, argv, identity):
             reason = "another run is at work there" if lock else error.strerror
             raise UserError(f"--out {out}: cannot be used ({reason}); give another --out") from error
         if cfg.probe or not saved:
-            write_json(path, dict(config=vars(cfg), identity=identity, code=code, command=["hex.py", *argv],
-                                  versions=dict(python=sys.version.split()[0], torch=torch.__version__,
-                                                torchvision=torchvision.__version__),
-                                  ranks=process()[1], threads=torch.get_num_threads()))
+            versions = dict(python=sys.version, torch=torch.__version__, torchvision=torchvision.__version__)
+            content = dict(config=vars(cfg), identity=identity, code=code, command=["hex.py", *argv],
+                           versions=versions, ranks=process()[1], threads=torch.get_num_threads())
+            write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
     wait_for_all()
     with lock or contextlib.nullcontext():
         yield
 
-def run(cfg, argv):
+def run(cfg, argv):         # whatever is wrong with the command shows before the run's folder is made
     torch.backends.cudnn.benchmark = True                                       # the sizes of a run are fixed
-    # Whatever is wrong with the command shows before the run's folder is made.
     backbone, model = (load_backbone(cfg.probe, cfg), None) if cfg.probe else (None, build_model(cfg))
     train, val = load_data(cfg)
     labelled, step = val is not None and train.targets is not None, cfg.batch_size * cfg.accumulate
@@ -1449,8 +1219,7 @@ def run(cfg, argv):
     elif cfg.probe:
         fail(f"--root {cfg.root}: holds no train/ and val/ with labels to probe; give another")
     if model and cfg.epochs and len(train) < step:
-        cure = f"--batch-size {max(2, len(train) // cfg.accumulate)}" + " --accumulate 1" * (
-            len(train) < 2 * cfg.accumulate)
+        cure = f"--accumulate 1 --batch-size {min(cfg.batch_size, len(train)) // process()[1] * process()[1]}"
         fail(f"{len(train)} pictures are less than the {step} of a step; give {cure}")
     data = fingerprint(train.identity(), val.identity() if val else b"")
     identity = fingerprint({name: getattr(cfg, name) for name in EXPERIMENT}, data)
@@ -1458,9 +1227,9 @@ def run(cfg, argv):
     final, results = os.path.join(out, "backbone.pt"), os.path.join(out, "probe.json")
     agree([identity, os.path.exists(final)], cfg, "data, options or --out")
     with open_run(out, cfg, argv, identity):
-        chosen = " ".join(f"{key}={value}" for key, value in vars(cfg).items() if value not in (None, False))
-        announce(f"{out}: {len(train)} train and {len(val or ())} val pictures"
-                 f"{'' if labelled else ', no labels: no probe, no k-NN'}; {process()[1]} ranks; {chosen}")
+        how = " ".join(f"{key}={value}" for key, value in vars(cfg).items() if value not in (None, False))
+        no = "" if labelled else f" without {'labels' if train.targets is None else 'val/'}: no probe or k-NN"
+        announce(f"{out}: {len(train)} train, {len(val or ())} val pictures{no}; {process()[1]} ranks; {how}")
         if cfg.recipe in ("cifar", "imagenet") and torch.version.cuda and not torch.cuda.is_available():
             announce(f"warning: no GPU is visible, and the recipe {cfg.recipe} is for one")
         new, found = not cfg.probe and not os.path.exists(final), None
@@ -1477,15 +1246,14 @@ def run(cfg, argv):
             if found.get("identity") != about:
                 found, new = linear_probe(backbone, cfg, train, val) | dict(identity=about), True
                 if process()[0] == 0:
-                    write_json(results, found)
+                    write(results, lambda file: file.write(json.dumps(found, indent=1).encode()))
         wait_for_all()
         if process()[0] == 0:
             report(out, found)
         if not new:
             announce(f"finished before, nothing was run; delete {out} to repeat")
 
-def report(out, found):
-    """On stdout: the accuracies, what has emerged, and what the run left."""
+def report(out, found):     # on stdout: the accuracies, what has emerged, and what the run left
     if found:
         print(f"{out}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, k-NN {found['knn']:.2f} %")
     metrics = os.path.join(out, "metrics.jsonl")
@@ -1494,9 +1262,6 @@ def report(out, found):
     for name, event in zip(("before:", "after: "), epochs[:1] + epochs[-1:]):
         print(name, in_words(event))
     print(f"in {out}: {', '.join(sorted({*os.listdir(out)} - {'lock'}))}")
-
-# Errors of PyTorch whose first line says enough; any other is a fault of ours, and keeps its traceback.
-KNOWN = ("out of memory", "shared memory", "DataLoader worker", "already in use", "closed by peer", "reset by peer")
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
@@ -1514,14 +1279,14 @@ def main(argv=None):
     except KeyboardInterrupt:
         line, status = "interrupted, run the same command again", INTERRUPTED
     except UserError as error:                                             # a loader's comes with a traceback
-        text = str(error)
-        text = text.splitlines()[-1].partition("UserError: ")[2] if "in DataLoader worker" in text else text
-        line, status = f"error: {text}", error.status
+        line, status = str(error), error.status
+        line = "error: " + (line.rpartition("UserError: ")[2] if "DataLoader worker" in line else line)
     except Exception as error:
         line, status = "error: " + str(error).strip().split("\n")[0], 1
-        if not any(each in line for each in KNOWN):
+        known = "out of memory|shared memory|DataLoader worker|already in use|closed by peer|reset by peer"
+        if not re.search(known, line):              # these say enough; any other is a fault of ours
             traceback.print_exc()
-    if status and (status != 2 or not own or process()[0] == 0):         # a wrong command: one line is enough
+    if status and (status == 1 or not own or process()[0] == 0):         # what all ranks say, one says
         print(f"hex.py: {clean(line)}", file=sys.stderr, flush=True)
     if own and status:
         os._exit(status)                                                # to destroy the group waits for peers
