@@ -83,8 +83,9 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
         e = cosine.masked_fill(~local, lowest)
         top = torch.maximum(e.amax(1), s_p)
         e = e.sub_(top[:, None]).div_(tau).exp_()                          # e^{(s - top)/tau} in H(i), else 0
-        L = (q * e).sum(1) - tau_plus * ((s_p - top) / tau).exp()
+        L = e.mul_(q).sum(1) - tau_plus * ((s_p - top) / tau).exp()
         clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
+        del e                                                                   # as large as the cosine
         free = torch.where(clamped, 0, size / (1 - tau_plus))
         weight = q.mul_(free[:, None]).masked_fill_(rest, 1)                    # m in H(i), in G(i)
         weight.scatter_(1, p[:, None], (1 - decoupled - tau_plus * free)[:, None])          # and at p
@@ -178,15 +179,15 @@ def OracleHierarchy(labels):
     return threshold
 
 def ranks():                # this process's number among the ranks that share a loss, and how many there are
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not ranks.alone else (0, 1)
-ranks.alone = False
-@contextlib.contextmanager
-def alone(on=True):         # within, each rank computes whole losses by itself: nothing is gathered
-    before, ranks.alone = ranks.alone, on
-    try:
-        yield
-    finally:
-        ranks.alone = before
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not alone.on else (0, 1)
+class alone(contextlib.ContextDecorator):       # within, each rank computes whole losses by itself: no gather
+    on = False
+    def __init__(self, wanted=True):
+        self.wanted = wanted
+    def __enter__(self):
+        self.before, alone.on = alone.on, self.wanted
+    def __exit__(self, *_):
+        alone.on = self.before
 
 def gather(x):
     """Rows of all ranks, in rank order, with gradient. x: (M, ...) on each; returns (ranks M, ...)."""
@@ -238,6 +239,9 @@ class Method(nn.Module):
         outputs = [z] if self.predictor is None else [self.predictor(z), z]
         outputs += [] if self.target is None else [self.target(x)]
         return tuple(half for output in outputs for half in output.chunk(2))
+    def one_way_nce(self, a, b):    # InfoNCE of each a_i against every b_j alone; (N / ranks, D) each
+        logits = F.normalize(a) @ F.normalize(gather(b)).T / self.temperature           # (N / ranks, N)
+        return F.cross_entropy(logits, ranks()[0] * len(a) + torch.arange(len(a), device=a.device))
     @torch.no_grad()
     def after_step(self, step):     # EMA, queue: after an optimizer step that was taken; its number, from 1
         if self.target is not None:
@@ -254,10 +258,6 @@ class SimCLR(Method):
     def loss(self, z1, z2):
         return info_nce(z1, z2, self.temperature), [(z1, z2)]
 
-def one_way_nce(a, b, temperature):     # InfoNCE of each a_i against every b_j alone; (N / ranks, D) each
-    logits = F.normalize(a) @ F.normalize(gather(b)).T / temperature                    # (N / ranks, N)
-    return F.cross_entropy(logits, ranks()[0] * len(a) + torch.arange(len(a), device=a.device))
-
 class NNCLR(Method):
     """Dwibedi et al. 2021: an anchor is its nearest neighbor in a queue of past embeddings."""
     alpha, latest = 1.0, []
@@ -271,7 +271,7 @@ class NNCLR(Method):
         self.latest = [*self.latest, z1.detach()][-self.losses:] if self.training else self.latest
         near1, near2 = (self.queue[(F.normalize(z.detach()) @ self.queue.T).argmax(1)] for z in (z1, z2))
         pairs = [(near1, p2), (near2, p1)]
-        return sum(one_way_nce(a, b, self.temperature) for a, b in pairs) / 2, pairs
+        return sum(self.one_way_nce(a, b) for a, b in pairs) / 2, pairs
     def after_step(self, step):     # pushes the z1 of the step's losses, of all ranks: their queues are equal
         z = gather(torch.stack(self.latest)).unflatten(0, (-1, len(self.latest)))   # (ranks, losses, B, dim)
         z = F.normalize(z.transpose(0, 1).flatten(0, 2)).to(self.queue.dtype)[-len(self.queue):]
@@ -287,7 +287,7 @@ class MoCoV3(Method):
                          mlp(dim, predictor, dim, norm=norm, affine=False), ema, temperature)
     def loss(self, q1, q2, z1, z2, k1, k2):
         t, pairs = self.temperature, [(q1, k2), (q2, k1)]
-        return sum(2 * t * one_way_nce(q, k, t) for q, k in pairs), pairs
+        return sum(2 * t * self.one_way_nce(q, k) for q, k in pairs), pairs
 
 class BYOL(Method):
     """Grill et al. 2020. HEX on it, between the online projections, is our extension."""
@@ -374,8 +374,6 @@ class HEX(nn.Module):
 
 class UserError(Exception):         # what a run met, and the user can mend: one line that says how
     status = 1                      # the exit status
-class CommandError(UserError):      # the command line asks for what cannot be
-    status = 2
 
 def group_norm(channels, affine=True):          # 16 channels a group where they divide
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, affine=affine)
@@ -391,7 +389,7 @@ def resnet10_narrow(norm_layer=nn.BatchNorm2d):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1000))
 
 def build_backbone(name, size=224, norm="batch"):
-    """-> a torchvision classifier (or resnet10_narrow) without last Linear, its features. CommandError."""
+    """-> a torchvision classifier (or resnet10_narrow) without last Linear, its features. UserError."""
     if name == "pixels":                                        # the raw pixels, to hold a probe against
         return nn.Flatten(), 3 * size * size
     known = ["resnet10_narrow", *torchvision.models.list_models(module=torchvision.models)]
@@ -419,9 +417,6 @@ def build_backbone(name, size=224, norm="batch"):
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
             "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}             # and for all other data
-# The super-class (Krizhevsky 2009) of each of CIFAR-100's classes, a digit of base 20 each.
-CIFAR100_SUPER = [int(digit, 20) for digit in "41e80677i33e9i7b397b6b5a76df3f0b1aceg9b55j88fdehia"
-                                              "g4h420h4iha32ccgc19j2a01gc9dfdgj246j558ji12f60h8ed"]
 
 def rng_of(*key):       # a random generator that depends on the key alone
     return random.Random(" ".join(map(str, key)))
@@ -508,13 +503,17 @@ def load_data(cfg):
         try:
             if process()[2] == 0:
                 kind(root, download=True)
-            wait_for_all()
+            agree("downloaded", cfg, "data")                    # waits for all
             splits = [kind(root, train=train) for train in (True, False)]
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data {cfg.data}: {error}; put {kind.filename} in {root}") from error
         targets = [torch.tensor(split.targets) for split in splits]
         pictures = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
-        coarse = [torch.tensor(CIFAR100_SUPER)[y] if cfg.data == "cifar100" else None for y in targets]
+        # The super-class (Krizhevsky 2009) of each of CIFAR-100's classes, a digit of base 20 each.
+        digits = ("41e80677i33e9i7b397b6b5a76df3f0b1aceg9b55j88fdehia"
+                  "g4h420h4iha32ccgc19j2a01gc9dfdgj246j558ji12f60h8ed")
+        above = torch.tensor([int(digit, 20) for digit in digits])
+        coarse = [above[y] if cfg.data == "cifar100" else None for y in targets]
         return [*map(Pictures, pictures, targets, coarse)]
     folders = [os.path.join(cfg.root, name) for name in ("train", "val")]
     if cfg.data == "folder" and not os.path.isdir(folders[0]) and not cfg.classes:
@@ -531,17 +530,6 @@ def load_data(cfg):
     if len(train) < 2:
         raise UserError(f"--root {cfg.root}: {len(train)} pictures are too few to train on; add some")
     return train, val
-
-def random_crop(rng, height, width, smallest):
-    """Inception's crop -> top, left, height, width: share in [smallest, 1], ratio in [3/4, 4/3], 10 tries."""
-    for _ in range(10):
-        area = height * width * rng.uniform(smallest, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
-    return (height - h) // 2, (width - w) // 2, h, w
 
 class Views(torch.utils.data.Dataset):
     """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8) for `augment`, index, index read:
@@ -569,8 +557,19 @@ class Views(torch.utils.data.Dataset):
     def centre(self, picture):      # the usual test crop, 224 of 256, cut before it is resized; small: whole
         side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
         return TF.center_crop(picture, [side, side]), [0, 1, 1, 1, 0, 0, 0, 0]
+    @staticmethod
+    def random_crop(rng, height, width, smallest):
+        """Inception's crop -> top, left, height, width: share smallest to 1, ratio 3/4 to 4/3, 10 tries."""
+        for _ in range(10):
+            area = height * width * rng.uniform(smallest, 1)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+        h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
+        return (height - h) // 2, (width - w) // 2, h, w
     def view(self, picture, rng, number):
-        cfg, box = self.cfg, random_crop(rng, *picture.shape[1:], self.cfg.crop_min)
+        cfg, box = self.cfg, self.random_crop(rng, *picture.shape[1:], self.cfg.crop_min)
         flip, jitter, gray, blur, solarize = (rng.random() for _ in range(5))
         sigma, on = rng.uniform(0.1, 2.0), self.color and jitter < 0.8
         brightness, contrast, saturation, hue = (on * rng.uniform(-most, most) for most in cfg.jitter)
@@ -615,8 +614,9 @@ def prepare(crops, parameters, cfg, color=True):    # -> (views B, 3, S, S) on t
                    blur=color and max(cfg.blur) > 0, solarize=color and max(cfg.solarize) > 0)
 
 def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=False):
-    """This rank's lists of (epoch, index) from batch `start` on. Batch k is order[k size : (k + 1) size]; the
-    order is of (key, epoch). part: (r, W), rank r's share of each batch; whole: those with k mod W = r."""
+    """This rank's batches, lists of (epoch, index), from batch `start` of the run to the end of its epochs.
+    Batch k of an epoch is order[k size : (k + 1) size]; the order is of (key, epoch) alone; batches beyond a
+    multiple of `group` are dropped. part: (r, W), rank r of W gets its share of each; whole: k mod W = r."""
     count, (r, W) = len(indices) // size // group * group, part
     low, high = (0, size) if whole else (r * size // W, (r + 1) * size // W)
     for number in range(start, epochs * count):
@@ -626,11 +626,8 @@ def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=Fa
         if not whole or k % W == r:
             yield [(epoch, i) for i in order[k * size + low:k * size + high]]
 
-SIGNALS = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-           if signal.getsignal(each) != signal.SIG_IGN]         # under nohup, SIGHUP is inherited as ignored
-
 def leave_signals_to_the_run(_):        # in a loader process, which must not stop before the run's step ends
-    for each in SIGNALS:
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
 
 def loader(views, batches, workers):    # spawned: a fork beside threads (autograd's, gloo's) may never return
@@ -666,8 +663,6 @@ def learning_rate(step, total, warmup, peak):   # step: from 0; linear to peak, 
     return peak * ((step + 1) / warmup if step < warmup else falling)
 
 # --- Evaluation -----------------------------------------------------------------------------------
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)     # of the probe's heads, trained side by side
-
 def autocast(cfg):
     kind = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp]
     return torch.autocast(cfg.device, dtype=kind, enabled=cfg.amp != "off")
@@ -709,8 +704,9 @@ def labelled_pictures(cfg, targets):    # whose labels the probe may see, indice
 
 def linear_probe(backbone, cfg, train, val):
     """The linear probe and k-NN on a frozen backbone -> what probe.json holds; accuracies in percent. Heads
-    of all RATES are trained (SGD, batch 256, a tenth at 60 % and 80 %: the authors' probe) on cached features
-    of centre crops, or for ImageNet on crops and flips; the best on a held-out tenth is then run on val."""
+    of nine rates are trained (SGD, batch 256, decay 1e-5, a tenth at 60 % and 80 %: the authors' probe) on
+    stored features of centre crops, or for ImageNet on crops and flips. The best on a tenth of the labelled
+    train pictures, which none was trained on, is run on val."""
     (r, W), epochs, classes = ranks(), cfg.probe_epochs, int(train.targets.max()) + 1
     backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     labelled = labelled_pictures(cfg, train.targets)
@@ -729,7 +725,8 @@ def linear_probe(backbone, cfg, train, val):
     lists = partial(batches, rows, size, cfg.seed, "probe", epochs=epochs, part=(r, W))
     source = None if cached else iter(loader(Views(train, cfg, views=1, color=False), lists(), cfg.workers))
     torch.manual_seed(cfg.seed)
-    heads = nn.ModuleList(nn.Linear(x_fit.shape[1], classes) for _ in RATES).to(cfg.device)
+    rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)     # of heads that are trained side by side
+    heads = nn.ModuleList(nn.Linear(x_fit.shape[1], classes) for _ in rates).to(cfg.device)
     optimizer = torch.optim.SGD([dict(params=h.parameters()) for h in heads], momentum=0.9, weight_decay=1e-5)
     for keys in tqdm(lists(), "probe", epochs * (len(rows) // size), disable=process()[0] > 0, leave=False):
         if cached:
@@ -740,7 +737,7 @@ def linear_probe(backbone, cfg, train, val):
             with torch.no_grad(), autocast(cfg):
                 x = backbone(prepare(crops, parameters, cfg, color=False)).float()
             y = train.targets[i].to(cfg.device)
-        for group, rate in zip(optimizer.param_groups, RATES):
+        for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * 0.1 ** sum(keys[0][0] >= max(1, epochs * tenths // 10) for tenths in (6, 8))
         optimizer.zero_grad(set_to_none=True)
         sum(F.cross_entropy(head(x), y) for head in heads).backward()
@@ -754,11 +751,11 @@ def linear_probe(backbone, cfg, train, val):
     def percent(right):
         return 100 * right.double().mean().item()
     holdout = [percent(right(head, x_hold, y_hold)) for head in heads]
-    best = max(range(len(RATES)), key=holdout.__getitem__)
+    best = max(range(len(rates)), key=holdout.__getitem__)
     top1, knn = right(heads[best], x_val, y_val), nearest_neighbors(x_fit, y_fit, x_val, y_val)
     digits = ["".join(map(str, which.int().tolist())) for which in (top1, knn)]
     return dict(top1=percent(top1), top5=percent(right(heads[best], x_val, y_val, 5)), knn=percent(knn),
-                rate=RATES[best], holdout=dict(zip(map(str, RATES), holdout)), epochs=epochs,
+                rate=rates[best], holdout=dict(zip(map(str, rates), holdout)), epochs=epochs,
                 train=len(rows), held_out=int(held.sum()), val=len(y_val), knn_bank=len(y_fit),
                 right=digits[0], knn_right=digits[1])           # which val pictures were right, a digit each
 
@@ -785,23 +782,19 @@ def emergence(model, cfg, train, val, picture=None):    # -> scalars, of fixed p
         x_val, i_val = features(model.method.backbone, val, permutation(len(val), "subset")[:512], cfg)
         right = nearest_neighbors(x, train.targets[i_train], x_val, val.targets[i_val])
         out["knn"] = 100 * right.double().mean()
-    if picture and process()[0] == 0:
-        draw_neighbors(picture, Views(train, cfg, views=0), i.tolist(), local.cpu(), (z @ z.T).cpu())
+    if picture and process()[0] == 0:       # a row: a picture in a frame, then its H(i), the nearest first
+        views, cosine, grid, zoom = Views(train, cfg, views=0), (z @ z.T).cpu(), [], max(1, 64 // cfg.size)
+        for anchor in range(min(8, len(i) // 2)):
+            order = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
+            chosen = list(dict.fromkeys(i[[anchor, *order]].tolist()))[:8]
+            strip = [torch.kron(views[0, j][0][0] / 255, torch.ones(zoom, zoom)) for j in chosen]
+            strip += [torch.ones_like(strip[0])] * (8 - len(strip))
+            grid += [F.pad(x, [4] * 4, value=float(place > 0)) for place, x in enumerate(strip)]
+        write(picture, partial(torchvision.utils.save_image, grid, format="png", nrow=8, pad_value=1))
     model.train()
     return {key: value.item() for key, value in out.items()}
 
-def draw_neighbors(path, views, index, local, cosine, rows=8, columns=8):   # a row: i, framed, then its H(i)
-    grid, zoom = [], max(1, 64 // views.cfg.size)
-    for anchor in range(min(rows, len(index) // 2)):
-        members = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
-        chosen = list(dict.fromkeys(index[j] for j in [anchor, *members]))[:columns]
-        strip = [torch.kron(views[0, i][0][0] / 255, torch.ones(zoom, zoom)) for i in chosen]
-        strip += [torch.ones_like(strip[0])] * (columns - len(strip))
-        grid += [F.pad(x, [4] * 4, value=float(place > 0)) for place, x in enumerate(strip)]
-    write(path, partial(torchvision.utils.save_image, grid, format="png", nrow=columns, pad_value=1))
-
 # --- Pre-training ---------------------------------------------------------------------------------
-INTERRUPTED = 75        # the exit status of a run that goes on when the same command is given again
 
 def write(path, fill):      # atomically: a reader, or a resumed run, finds the old file or the new one
     aside = path + ".tmp"
@@ -827,9 +820,6 @@ def read(path, reader, remedy):     # -> reader(open file); UserError, with the 
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{path}: not what it should be ({reason}); {remedy}") from error
 
-def read_json(path, remedy):
-    return read(path, lambda file: dict(json.load(file)), remedy) if os.path.exists(path) else {}
-
 def fingerprint(*parts):    # SHA-256 of bytes, of the tensors of a module, or of what JSON can hold
     whole = hashlib.sha256()
     for part in parts:
@@ -853,11 +843,13 @@ def signals_counted():
         while number := os.read(end, 1):
             came.append(number)
             if len(came) == 2:
-                os._exit(INTERRUPTED)
+                os._exit(75)
     os.set_blocking(start, False)
     threading.Thread(target=listen, daemon=True).start()
     signal.set_wakeup_fd(start)
-    before = [(each, signal.signal(each, lambda *_: None)) for each in SIGNALS]
+    signals = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+               if signal.getsignal(each) != signal.SIG_IGN]                    # as SIGHUP is, under nohup
+    before = [(each, signal.signal(each, lambda *_: None)) for each in signals]
     try:
         yield came
     except (RuntimeError, EOFError, OSError) as error:
@@ -883,11 +875,6 @@ def build_model(cfg):       # the wrapped method on the CPU; its weights are a f
     names = ("alpha", "temperature", "warmup_threshold", "beta", "tau_plus", "decoupled")
     of_hex = {name: getattr(cfg, name) for name in names}
     return HEX(method, cfg.loss, threshold=threshold, warmup=cfg.hex_warmup, **of_hex)
-
-def in_words(figures):
-    names = dict(threshold="threshold", local="mean |H|", purity="purity of H", chance="chance",
-                 rankme="RankMe", knn="k-NN %")
-    return ", ".join(f"{word} {figures[key]:.3g}" for key, word in names.items() if key in figures)
 
 def pretrain(model, cfg, train, val, out, identity):
     """Trains, resumes, logs; leaves checkpoint.pt, metrics.jsonl, pictures in `out`. Returns the backbone."""
@@ -932,7 +919,7 @@ def pretrain(model, cfg, train, val, out, identity):
         with alone():
             figures = emergence(model, cfg, train, val, step in names and os.path.join(out, names[step]))
         note(event="epoch", step=step, epoch=epoch, **figures)
-        announce(f"epoch {epoch}/{cfg.epochs}: {in_words(figures)}")
+        announce(f"epoch {epoch}/{cfg.epochs}: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
         if step and figures["std"] < 0.1:
             announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1): lower --lr")
         return figures
@@ -940,7 +927,7 @@ def pretrain(model, cfg, train, val, out, identity):
     with signals_counted() as signals, tqdm(total=total, initial=done, disable=r > 0, unit="step") as bar:
         figures = {} if done else describe(0)
         for step in range(done + 1, total + 1):
-            epoch, history = (step - 1) // per_epoch, []                        # loss and stats of each loss
+            epoch, logs = (step - 1) // per_epoch, []                           # loss and stats of each loss
             lr = learning_rate(step - 1, total, cfg.lr_warmup * per_epoch, peak)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
@@ -957,14 +944,15 @@ def pretrain(model, cfg, train, val, out, identity):
                         embeddings = ddp(x1, x2)
                     loss, stats = model.loss(*embeddings, epoch=epoch, threshold=oracle or None)
                     scaler.scale(loss / losses).backward()
-                history.append(dict(loss=loss.detach(), **stats))
-            finite = torch.stack([values["loss"] for values in history]).isfinite().all()
+                logs.append(dict(loss=loss.detach(), **stats))
+            finite = torch.stack([values["loss"] for values in logs]).isfinite().all()
             if cfg.amp != "fp16":                                           # there, the scaler skips the step
                 finite &= nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).isfinite()
             flags = mean_over_ranks(torch.stack([~finite, torch.full_like(finite, bool(signals))]).float())
             broken, stop = (flag > 0 for flag in flags.tolist())            # the host waits here, once a step
             if broken or scale < 1e-9:
-                raise UserError(f"step {step}: the loss or its gradient is not finite: lower --lr, new --out")
+                raise UserError(f"step {step}: the loss or its gradient is not finite; the last checkpoint is "
+                                "intact: lower --lr and give another --out")
             scaler.step(optimizer)
             scaler.update()
             before, scale = scale, scaler.get_scale()
@@ -974,8 +962,7 @@ def pretrain(model, cfg, train, val, out, identity):
                 mean = mean_over_ranks(torch.cat(statistics))
                 torch._foreach_copy_(statistics, list(mean.split([len(each) for each in statistics])))
             if step % cfg.log_every == 0 or step == total:
-                stats = {key: mean_over_ranks(torch.stack([values[key] for values in history]).mean()).item()
-                         for key in history[0]}
+                stats = {k: mean_over_ranks(torch.stack([v[k] for v in logs]).mean()).item() for k in logs[0]}
                 dt = time.perf_counter() - since
                 stats |= dict(lr=lr, images_per_second=(step - first) * images / dt, data_wait=waited / dt)
                 note(event="step", step=step, epoch=epoch, **stats)
@@ -996,10 +983,9 @@ def pretrain(model, cfg, train, val, out, identity):
 
 # --- Config and recipes ---------------------------------------------------------------------------
 HEADS = ("hidden", "dim", "predictor", "queue", "ema")                          # arguments of a Method
-RECIPE_OF = dict(shapes="shapes", cifar10="cifar", cifar100="cifar", imagenet="imagenet", folder="imagenet")
 COUNT, POSITIVE, SHARE, REAL = (int, 0, 2**31), (int, 1, 2**31), (float, 0, 1), (float, 0, 1e6)
 OPTIONS = dict(     # name: default (None: the recipe's or the machine's), what is accepted, what it is
-    data=("shapes", [*RECIPE_OF], "what to train on"),
+    data=("shapes", ["shapes", "cifar10", "cifar100", "imagenet", "folder"], "what to train on"),
     size=(None, (int, 8, 4096), "side of a view in pixels"), method=("simclr", [*METHODS], "the SSL method"),
     loss=("hex", [*LOSSES], "base: the method's own; or what takes its place or joins it"),
     decoupled=(False, bool, "HEX without the positive in the denominator"),
@@ -1039,8 +1025,8 @@ OPTIONS = dict(     # name: default (None: the recipe's or the machine's), what 
 COMMON = dict(batch_size=256, accumulate=1, eta=0.02, clip=True, temperature=0.1, amp="fp16", hex_warmup=10,
               lr=0.3, weight_decay=1e-4, warmup_threshold=None, drop=0.1, crop_min=0.08, size=32,
               grayscale=0.2, jitter=[0.8, 0.8, 0.8, 0.2], blur=[0.5, 0.5], solarize=[0.0, 0.0])
-SHARP = dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=[0.0, 0.0], solarize=[0.0, 0.2])   # BYOL's views, at 32 pixels
-ASYMMETRIC = SHARP | dict(blur=[1.0, 0.1])
+ASYMMETRIC, SHARP = (dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=blur, solarize=[0.0, 0.2])      # BYOL's views
+                     for blur in ([1.0, 0.1], [0.0, 0.0]))                                # at 224, 32 pixels
 TINY = COMMON | dict(backbone="resnet10_narrow", clip=False, temperature=0.2, amp="off", blur=[0.0, 0.0])
 RECIPES = {  # what holds for any method, then where one differs; other heads are its class's. Sources: README
     "imagenet": {"simclr": dict(accumulate=16), "barlow": ASYMMETRIC, "vicreg": ASYMMETRIC,
@@ -1074,17 +1060,16 @@ def resolve(recipe, method, given):     # -> every setting: given, else the reci
     return {"drop_every": max(1, tenth)} | settings
 
 # --- Command line ---------------------------------------------------------------------------------
-def fail(message):
-    raise CommandError(message)
+def fail(message):          # what is wrong with the command itself
+    error = UserError(message)
+    error.status = 2
+    raise error
 def process():      # (rank, ranks, rank on this machine), as torchrun says: its variables are read here alone
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
     missing = [name for name in names if name not in os.environ]
     if 0 < len(missing) < len(names):
         fail(f"{', '.join(missing)}: not set, but others of torchrun's are: use torchrun, or unset all")
     return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names[:3])
-def wait_for_all():
-    if process()[1] > 1:
-        dist.barrier()
 def clean(text):        # one line for a terminal, whatever is in the names of files
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).strip())[:1000]
 def announce(text):
@@ -1116,7 +1101,9 @@ def parse(argv):        # -> cfg, with every setting, and a dict of what was giv
         names = ("recipe", "backbone", "norm", "size") + ("data", "root", "classes") * ("data" not in given)
         chosen = {name: saved[name] for name in names if saved.get(name) is not None}
     chosen |= given
-    chosen.setdefault("recipe", RECIPE_OF[chosen.get("data", "shapes")])
+    data = chosen.get("data", "shapes")
+    recipes = dict(cifar10="cifar", cifar100="cifar", folder="imagenet")
+    chosen.setdefault("recipe", recipes.get(data, data))
     cfg = argparse.Namespace(**resolve(chosen["recipe"], chosen.get("method", "simclr"), chosen))
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.amp = "off" if cfg.device == "cpu" and "amp" not in given else cfg.amp
@@ -1128,7 +1115,7 @@ def parse(argv):        # -> cfg, with every setting, and a dict of what was giv
     check(cfg, given)
     return cfg, given
 
-def check(cfg, given):      # CommandError for a flag that has no effect, or flags that contradict each other
+def check(cfg, given):      # UserError for a flag that has no effect, or flags that contradict each other
     takes, folder = inspect.signature(METHODS[cfg.method]).parameters, cfg.data in ("imagenet", "folder")
     training = {*EXPERIMENT, "compile", "log_every", "checkpoint_every"}
     for condition, names, reason in (                       # (if, these flags have no effect, beside this)
@@ -1168,19 +1155,10 @@ def load_backbone(path, cfg):   # a backbone.pt, or a torchvision file of that a
     read(path, fill, f"give a file of --backbone {cfg.backbone} at --size {cfg.size}")
     return backbone
 
-def default_out(cfg):       # runs/<data>-<method>-<loss>-s<seed>, and what differs from the recipe
-    named = {name: getattr(cfg, name) for name in ("data", "method", "loss", "seed")}
-    plain = resolve(cfg.recipe, cfg.method, named | ({} if cfg.device == "cuda" else {"amp": "off"}))
-    other = "".join(f"-{key}_{getattr(cfg, key)}" for key in EXPERIMENT if getattr(cfg, key) != plain[key])
-    about = f"{cfg.method}-{cfg.loss}-s{cfg.seed}{other}"
-    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}-s{cfg.seed}" if cfg.probe else about
-    name = re.sub(r"[^\w.+-]+", "_", f"{cfg.data}-{about}")
-    return os.path.join("runs", name if len(name) < 200 else name[:180] + "-" + fingerprint(name)[:12])
-
 @contextlib.contextmanager
 def open_run(out, cfg, argv, identity):     # the folder: made, or of the same experiment and data; locked
     path, code, lock = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read()), None
-    saved = read_json(path, "give another --out")
+    saved = read(path, json.load, "give another --out") if os.path.exists(path) else {}
     there, here = saved.get("config", {}), vars(cfg)
     foreign = not cfg.probe and saved.get("identity") != identity
     if saved and (foreign or bool(cfg.probe) != bool(there.get("probe"))):
@@ -1205,7 +1183,7 @@ def open_run(out, cfg, argv, identity):     # the folder: made, or of the same e
             content = dict(config=vars(cfg), identity=identity, code=code, command=["hex.py", *argv],
                            versions=versions, ranks=process()[1], threads=torch.get_num_threads())
             write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-    wait_for_all()
+    agree(out, cfg, "--out")                                    # waits for all
     with lock or contextlib.nullcontext():
         yield
 
@@ -1223,7 +1201,14 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
         fail(f"{len(train)} pictures are less than the {step} of a step; give {cure}")
     data = fingerprint(train.identity(), val.identity() if val else b"")
     identity = fingerprint({name: getattr(cfg, name) for name in EXPERIMENT}, data)
-    out = cfg.out or default_out(cfg)
+    named = {name: getattr(cfg, name) for name in ("data", "method", "loss", "seed")}
+    plain = resolve(cfg.recipe, cfg.method, named | ({} if cfg.device == "cuda" else {"amp": "off"}))
+    other = [f"-{key}_{getattr(cfg, key)}" for key in EXPERIMENT if getattr(cfg, key) != plain[key]]
+    about = f"{cfg.method}-{cfg.loss}-s{cfg.seed}{''.join(other)}"
+    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}-s{cfg.seed}" if cfg.probe else about
+    name = re.sub(r"[^\w.+-]+", "_", f"{cfg.data}-{about}")
+    name = name if len(name) < 200 else name[:180] + "-" + fingerprint(name)[:12]
+    out = cfg.out or os.path.join("runs", name)
     final, results = os.path.join(out, "backbone.pt"), os.path.join(out, "probe.json")
     agree([identity, os.path.exists(final)], cfg, "data, options or --out")
     with open_run(out, cfg, argv, identity):
@@ -1242,26 +1227,23 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
         if labelled:
             names = ("probe_epochs", "label_fraction", "seed", "amp", "backbone", "size", "norm", "data")
             about = fingerprint({name: getattr(cfg, name) for name in names}, data, backbone)
-            found = read_json(results, "delete it")
+            found = read(results, json.load, "delete it") if os.path.exists(results) else {}
             if found.get("identity") != about:
                 found, new = linear_probe(backbone, cfg, train, val) | dict(identity=about), True
                 if process()[0] == 0:
                     write(results, lambda file: file.write(json.dumps(found, indent=1).encode()))
-        wait_for_all()
-        if process()[0] == 0:
-            report(out, found)
+        agree(out, cfg, "--out")                                    # waits for all
+        if process()[0] == 0:                                   # the result, what has emerged, what is left
+            names = dict(top1="top-1", top5="top-5", knn="k-NN")
+            result = ", ".join(f"{word} {found[key]:.2f} %" for key, word in names.items() if found)
+            print(f"{out}: {result or ', '.join(sorted(os.listdir(out)))}")
+            metrics = os.path.join(out, "metrics.jsonl")
+            events = [json.loads(line) for line in open(metrics)] if os.path.exists(metrics) else []
+            epochs = [event for event in events if event.pop("event") == "epoch"]
+            for figures in epochs[:1] + epochs[-1:]:
+                print(", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
         if not new:
             announce(f"finished before, nothing was run; delete {out} to repeat")
-
-def report(out, found):     # on stdout: the accuracies, what has emerged, and what the run left
-    if found:
-        print(f"{out}: top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %, k-NN {found['knn']:.2f} %")
-    metrics = os.path.join(out, "metrics.jsonl")
-    events = [json.loads(line) for line in open(metrics)] if os.path.exists(metrics) else []
-    epochs = [event for event in events if event["event"] == "epoch"]
-    for name, event in zip(("before:", "after: "), epochs[:1] + epochs[-1:]):
-        print(name, in_words(event))
-    print(f"in {out}: {', '.join(sorted({*os.listdir(out)} - {'lock'}))}")
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
@@ -1277,7 +1259,7 @@ def main(argv=None):
             signal.signal(signal.SIGINT, before)
         run(cfg, argv)
     except KeyboardInterrupt:
-        line, status = "interrupted, run the same command again", INTERRUPTED
+        line, status = "interrupted, run the same command again", 75
     except UserError as error:                                             # a loader's comes with a traceback
         line, status = str(error), error.status
         line = "error: " + (line.rpartition("UserError: ")[2] if "DataLoader worker" in line else line)

@@ -473,9 +473,10 @@ def test_what_is_drawn_for_a_view_is_what_the_options_say(monkeypatch):
     """The boxes that are cut out and resized, and the parameters, of 600 draws."""
     cfg = config("--size 8", crop_min=0.3, jitter=[0.4, 0.3, 0.2, 0.1], grayscale=0.25, blur=[1, 0.1],
                  solarize=[0, 0.2])
-    draw, boxes = hx.random_crop, []
+    draw, boxes = hx.Views.random_crop, []
     pictures = hx.Pictures(torch.randint(256, (50, 3, 300, 300)).byte(), None)
-    monkeypatch.setattr(hx, "random_crop", lambda *a: boxes.append(draw(*a)) or boxes[-1])
+    crop = staticmethod(lambda *a: boxes.append(draw(*a)) or boxes[-1])
+    monkeypatch.setattr(hx.Views, "random_crop", crop)
     items = [hx.Views(pictures, cfg)[epoch, i] for epoch in range(12) for i in range(50)]
     for i, crop in enumerate(torch.cat([item[0] for item in items[:50]])):
         assert torch.equal(crop, resized(tv.crop(pictures.read(i // 2), *boxes[i]), 8))
@@ -796,7 +797,6 @@ def test_cifar_from_an_archive_in_its_own_format(tmp_path, monkeypatch):
     test = pickle.loads((folder / "test_batch").read_bytes())
     assert len(train) == 100 and (val.read(3).numpy() == test["data"][3].reshape(3, 32, 32)).all()
     assert val.targets.tolist() == test["labels"]
-    assert torch.tensor(hx.CIFAR100_SUPER).bincount().tolist() == [5] * 20
 
 # --- A run's life -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
