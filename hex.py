@@ -951,8 +951,8 @@ def pretrain(model, cfg, train, val, out, identity):
             flags = mean_over_ranks(torch.stack([~finite, torch.full_like(finite, bool(signals))]).float())
             broken, stop = (flag > 0 for flag in flags.tolist())            # the host waits here, once a step
             if broken or scale < 1e-9:
-                raise UserError(f"step {step}: the loss or its gradient is not finite; checkpoint.pt is intact: "
-                                "lower --lr and give another --out")
+                raise UserError(f"step {step}: the loss or its gradient is not finite; checkpoint.pt is "
+                                "intact: lower --lr and give another --out")
             scaler.step(optimizer)
             scaler.update()
             before, scale = scale, scaler.get_scale()
