@@ -6,8 +6,9 @@ InfoNCE pulls the two views of an image together and pushes every other image aw
 these negatives where their similarity passes eps: G(i), the global rest, stays as it is; H(i), the local
 ones, which training has made look like the anchor, are weighted by their similarity and debiased. Why:
 among neighbors fine semantics emerge, and collapse if they are treated like all else (local collapse).
-Known from abstract and figure are split, weight, falling threshold; from the authors' code alone quantile
-and constants; reconstructed by us are Q, |H|, the positive in the denominator. What was found here: README.
+Known from abstract and figure: the split, a weighted local term, a falling threshold; from the authors' code
+alone: quantile, schedules, warm-up, beta, tau_plus, floor; reconstructed by us: the form of Q, |H|, and the
+positive in the denominator. What was found here: README.
 
     x1, x2 (N, 3, S, S)  ->  z (2N, D), normalized  ->  s = z z^T (2N, 2N)  ->  H (2N, 2N)  ->  loss
     l_i = log( sum_j m_ij e^{s_ij/tau} + c_i ) - s_ip/tau         p: the other view of i; m_ii = 0
@@ -19,6 +20,7 @@ and constants; reconstructed by us are Q, |H|, the positive in the denominator. 
     HEX, i at the floor     1                                 1        0                      |H| e^{-1/tau}
     HEX, decoupled          1 less                            as HEX   as HEX                 as HEX
     released (their code)   0                                 1        0                      1 if G is empty
+                            and (2N - 2) e^{-1/tau} outside the log; the quantile sees i and p, too
 
     eps   = mean over i of the q-quantile of s_ij, j in Neg(i)   Neg(i): all but i and p; no gradient
     H(i)  = { j in Neg(i) : s_ij > eps },   G(i) = Neg(i) \\ H(i)
@@ -44,7 +46,7 @@ from torch.distributed import _functional_collectives as collectives
 def weighted_nce(cosine, s_p, weight, log_c, tau):
     """The formula: l_i of each anchor, (n,). cosine, weight: s and m, (n, columns); s_p, log_c: (n,)."""
     e = cosine / tau
-    with torch.no_grad():                                      # e^{1/tau} overflows: the largest is taken out
+    with torch.no_grad():                                      # e^{1/tau} may overflow: the largest is out
         e.masked_fill_(weight == 0, -math.inf)
         top = torch.maximum(e.amax(1), log_c)
     e = e.sub_(top[:, None]).exp_()
@@ -83,7 +85,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
         e = cosine.masked_fill(~local, lowest)
         top = torch.maximum(e.amax(1), s_p)
         e = e.sub_(top[:, None]).div_(tau).exp_()                          # e^{(s - top)/tau} in H(i), else 0
-        L = e.mul_(q).sum(1) - tau_plus * ((s_p - top) / tau).exp()
+        L = e.mul_(q).sum(1) - tau_plus * ((s_p - top) / tau).exp()         # the floor's bracket over |H|
         clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
         del e                                                                   # as large as the cosine
         free = torch.where(clamped, 0, size / (1 - tau_plus))
@@ -99,7 +101,8 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
     return loss, dict(threshold=eps, local=size, empty=none, clamped=clamped / (1 - none).clamp_min(1e-9))
 
 def similarities(a, b, temperature):
-    """s of this rank's 2N / ranks anchors with all 2N (each rank's a, then b); s_ip; p(i); mask of Neg(i)."""
+    """s of this rank's 2N / ranks anchors with all 2N, in [-1, 1] (columns: every rank's a, every rank's b);
+    s_ip and p(i) of each anchor; the mask of Neg(i), of s's shape."""
     r, W = ranks()
     shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
     require(a.ndim == 2 and a.shape == b.shape, f"a and b must be row-aligned (N, D), not {shapes}")
@@ -148,7 +151,7 @@ def adaptive_threshold(cosine, quantile=0.99, entries=None):
     return largest.gather(1, from_top.long()[:, None]).mean()
 
 def AdaptiveThreshold(quantile=0.99):
-    """H: above the adaptive eps, the mean over the anchors of all ranks (paper). ValueError: quantile."""
+    """H: above the adaptive eps, the mean over all ranks' anchors (authors' code). ValueError: quantile."""
     require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
     def threshold(cosine, negative, epoch=0):
         seen, entries = cosine.masked_fill(~negative, -math.inf), negative.sum(1, dtype=torch.int32)
@@ -232,6 +235,7 @@ class Method(nn.Module):
         self.ema, self.temperature = ema, temperature
         online = nn.Sequential(backbone, projector)
         self.target = None if ema is None else copy.deepcopy(online).requires_grad_(False)
+
     def forward(self, x1, x2):
         """Two views (N, 3, S, S) -> [p1, p2,] z1, z2 [, t1, t2], each (N, dim)."""
         x = torch.cat([x1, x2])             # in one pass: one BatchNorm batch, one use of the weights for DDP
@@ -239,9 +243,11 @@ class Method(nn.Module):
         outputs = [z] if self.predictor is None else [self.predictor(z), z]
         outputs += [] if self.target is None else [self.target(x)]
         return tuple(half for output in outputs for half in output.chunk(2))
+
     def one_way_nce(self, a, b):    # InfoNCE of each a_i against every b_j alone; (N / ranks, D) each
         logits = F.normalize(a) @ F.normalize(gather(b)).T / self.temperature           # (N / ranks, N)
         return F.cross_entropy(logits, ranks()[0] * len(a) + torch.arange(len(a), device=a.device))
+
     @torch.no_grad()
     def after_step(self, step):     # EMA, queue: after an optimizer step that was taken; its number, from 1
         if self.target is not None:
@@ -349,10 +355,12 @@ class HEX(nn.Module):
         self.alpha = getattr(method, "alpha", 0.1) if alpha is None else alpha
         self.scale = getattr(method, "scale", 1.0) if scale is None else scale
         self.after_step = getattr(method, "after_step", lambda step: None)
+
     def forward(self, x1, x2):
         embeddings = self.method(x1, x2)
         require(not isinstance(embeddings, torch.Tensor), "forward returned a bare tensor, not a tuple")
         return embeddings
+
     def loss(self, *embeddings, epoch=0, threshold=None):
         """-> loss (scalar), stats (detached scalars). threshold: this batch's (the oracle's labels)."""
         with torch.autocast(embeddings[0].device.type, enabled=False):
@@ -449,8 +457,10 @@ class Folder:
             self.targets = torch.tensor([label[class_of[file]] for file in self.files], dtype=torch.long)
             for name in set(self.classes) - set(class_of.values()):
                 raise UserError(f"--classes: {root} has no folder {name} with pictures; take it off the list")
+
     def __len__(self):
         return len(self.files)
+
     def read(self, index):
         """(3, H, W) uint8, upright. JPEG by torchvision, the faster; its PNG decoder may crash. UserError."""
         path = os.path.join(self.root, self.files[index])
@@ -467,6 +477,7 @@ class Folder:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"{clean(path)}: not readable ({reason}); mend it, or --skip-bad-files") from None
+
     def identity(self):
         return os.fsencode("\0".join([*self.classes, "", *self.files]))
 
@@ -474,6 +485,7 @@ def draw_shapes(count, seed):
     """`count` 32x32 pictures: polygon, star, flower, frame (coarse label) of 3, 4, 6 corners (fine label)."""
     g, kind = torch.Generator().manual_seed(seed), torch.arange(count) % 12
     family, corners = kind // 3, torch.tensor([3.0, 4.0, 6.0])[kind % 3, None, None]
+
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=g)
     axis = torch.linspace(-1, 1, 64)                                        # drawn at 64 pixels, halved below
@@ -521,6 +533,8 @@ def load_data(cfg):
     else:
         lines = cfg.classes and read(cfg.classes, lambda file: file.read().decode("utf-8-sig"), "give a text")
         only = set(lines.split("\n")) - {""} if lines else None
+        if not os.path.isdir(folders[0]):
+            raise UserError(f"--root {cfg.root}: there is no train/<class>/* in it; make it, or give another")
         train = Folder(folders[0], only=only)
         val = Folder(folders[1], only=only) if cfg.data == "imagenet" or os.path.isdir(folders[1]) else None
         differing = sorted(set(train.classes) ^ set(val.classes)) if val else []
@@ -537,6 +551,7 @@ class Views(torch.utils.data.Dataset):
     def __init__(self, pictures, cfg, *, views=2, seed=None, color=True):
         self.pictures, self.cfg, self.views, self.color = pictures, cfg, views, color
         self.seed = cfg.seed if seed is None else seed
+
     def read(self, index):
         skip = self.cfg.skip_bad_files
         for used in [*range(index, len(self.pictures)), *range(index)] if skip else [index]:
@@ -547,6 +562,7 @@ class Views(torch.utils.data.Dataset):
                     raise
                 print(f"hex.py: skipped {clean(error)}", file=sys.stderr, flush=True)
         raise UserError("no file of the data can be read: give another --root")
+
     def __getitem__(self, key):
         picture, used = self.read(key[1])
         views = [self.view(picture, rng_of(self.seed, *key, number), number) for number in range(self.views)]
@@ -554,9 +570,11 @@ class Views(torch.utils.data.Dataset):
         size = [self.cfg.size] * 2
         crops = [TF.resize(crop, size, TF.InterpolationMode.BICUBIC, antialias=True) for crop in crops]
         return torch.stack(crops), torch.tensor(parameters, dtype=torch.float32), key[1], used
+
     def centre(self, picture):      # the usual test crop, 224 of 256, cut before it is resized; small: whole
         side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
         return TF.center_crop(picture, [side, side]), [0, 1, 1, 1, 0, 0, 0, 0]
+
     @staticmethod
     def random_crop(rng, height, width, smallest):
         """Inception's crop -> top, left, height, width: share smallest to 1, ratio 3/4 to 4/3, 10 tries."""
@@ -920,7 +938,7 @@ def pretrain(model, cfg, train, val, out, identity):
             figures = emergence(model, cfg, train, val, step in names and os.path.join(out, names[step]))
         note(event="epoch", step=step, epoch=epoch, **figures)
         announce(f"epoch {epoch}/{cfg.epochs}: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
-        if step and figures["std"] < 0.1:
+        if epoch > 1 and figures["std"] < 0.1:
             announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1): lower --lr")
         return figures
     since, first, waited, scale = time.perf_counter(), done, 0.0, scaler.get_scale()
@@ -958,7 +976,7 @@ def pretrain(model, cfg, train, val, out, identity):
             before, scale = scale, scaler.get_scale()
             if scale >= before:                                             # one that fell: a skipped step
                 model.after_step(step)
-            if W > 1 and statistics:                                        # BatchNorm's: alike on all ranks
+            if W > 1 and statistics:              # BatchNorm's running ones: the ranks' mean, alike on all
                 mean = mean_over_ranks(torch.cat(statistics))
                 torch._foreach_copy_(statistics, list(mean.split([len(each) for each in statistics])))
             if step % cfg.log_every == 0 or step == total:
@@ -1201,8 +1219,9 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
         fail(f"{len(train)} pictures are less than the {step} of a step; give {cure}")
     data = fingerprint(train.identity(), val.identity() if val else b"")
     identity = fingerprint({name: getattr(cfg, name) for name in EXPERIMENT}, data)
-    named = {name: getattr(cfg, name) for name in ("data", "method", "loss", "seed")}
+    named = {name: getattr(cfg, name) for name in ("data", "method", "loss", "seed", "epochs")}
     plain = resolve(cfg.recipe, cfg.method, named | ({} if cfg.device == "cuda" else {"amp": "off"}))
+    plain["epochs"] = RECIPES[cfg.recipe]["any"]["epochs"]
     other = [f"-{key}_{getattr(cfg, key)}" for key in EXPERIMENT if getattr(cfg, key) != plain[key]]
     about = f"{cfg.method}-{cfg.loss}-s{cfg.seed}{''.join(other)}"
     about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}-s{cfg.seed}" if cfg.probe else about
