@@ -71,7 +71,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
     released: what the authors' public code computes. beta >= 0, tau_plus in [0, 1). Returns this rank's mean
     loss (float32 or better) and detached scalars over the ranks: threshold, local (mean |H|), empty (share of
     anchors with none), clamped (share of the others at the floor). ValueError: ranges, shapes, N < 2."""
-    require(beta >= 0, f"beta = {beta} must be at least 0")
+    require(0 <= beta < math.inf, f"beta = {beta} must be at least 0, and finite")
     require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
     tau, outside = temperature, 0
     cosine, s_p, p, negative = similarities(a, b, tau)
@@ -355,7 +355,6 @@ class HEX(nn.Module):
         self.alpha = getattr(method, "alpha", 0.1) if alpha is None else alpha
         self.scale = getattr(method, "scale", 1.0) if scale is None else scale
         self.after_step = getattr(method, "after_step", lambda step: None)
-
     def forward(self, x1, x2):
         embeddings = self.method(x1, x2)
         require(not isinstance(embeddings, torch.Tensor), "forward returned a bare tensor, not a tuple")
@@ -457,27 +456,26 @@ class Folder:
             self.targets = torch.tensor([label[class_of[file]] for file in self.files], dtype=torch.long)
             for name in set(self.classes) - set(class_of.values()):
                 raise UserError(f"--classes: {root} has no folder {name} with pictures; take it off the list")
-
     def __len__(self):
         return len(self.files)
-
     def read(self, index):
         """(3, H, W) uint8, upright. JPEG by torchvision, the faster; its PNG decoder may crash. UserError."""
         path = os.path.join(self.root, self.files[index])
         try:
+            require(os.path.isfile(path), "no regular file")
             with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
                 data = file.read()
+                picture = Image.open(io.BytesIO(data))              # refuses what would fill the memory
                 if data[:2] == b"\xff\xd8":
                     data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                     return torchvision.io.decode_jpeg(data, mode="RGB", apply_exif_orientation=True)
-                picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+                picture = ImageOps.exif_transpose(picture)
                 if picture.mode.startswith("I;16"):
                     return (TF.pil_to_tensor(picture).int() % 65536 // 257).byte().expand(3, -1, -1)
                 return TF.pil_to_tensor(picture.convert("RGB"))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(f"{clean(path)}: not readable ({reason}); mend it, or --skip-bad-files") from None
-
     def identity(self):
         return os.fsencode("\0".join([*self.classes, "", *self.files]))
 
@@ -485,7 +483,6 @@ def draw_shapes(count, seed):
     """`count` 32x32 pictures: polygon, star, flower, frame (coarse label) of 3, 4, 6 corners (fine label)."""
     g, kind = torch.Generator().manual_seed(seed), torch.arange(count) % 12
     family, corners = kind // 3, torch.tensor([3.0, 4.0, 6.0])[kind % 3, None, None]
-
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=g)
     axis = torch.linspace(-1, 1, 64)                                        # drawn at 64 pixels, halved below
@@ -532,7 +529,9 @@ def load_data(cfg):
         train, val = Folder(cfg.root, labelled=False), None
     else:
         lines = cfg.classes and read(cfg.classes, lambda file: file.read().decode("utf-8-sig"), "give a text")
-        only = set(lines.split("\n")) - {""} if lines else None
+        only = set(lines.splitlines()) - {""} if cfg.classes else None
+        if only == set():
+            fail(f"--classes {cfg.classes}: names no class; leave it out")
         if not os.path.isdir(folders[0]):
             raise UserError(f"--root {cfg.root}: there is no train/<class>/* in it; make it, or give another")
         train = Folder(folders[0], only=only)
@@ -551,7 +550,6 @@ class Views(torch.utils.data.Dataset):
     def __init__(self, pictures, cfg, *, views=2, seed=None, color=True):
         self.pictures, self.cfg, self.views, self.color = pictures, cfg, views, color
         self.seed = cfg.seed if seed is None else seed
-
     def read(self, index):
         skip = self.cfg.skip_bad_files
         for used in [*range(index, len(self.pictures)), *range(index)] if skip else [index]:
@@ -562,7 +560,6 @@ class Views(torch.utils.data.Dataset):
                     raise
                 print(f"hex.py: skipped {clean(error)}", file=sys.stderr, flush=True)
         raise UserError("no file of the data can be read: give another --root")
-
     def __getitem__(self, key):
         picture, used = self.read(key[1])
         views = [self.view(picture, rng_of(self.seed, *key, number), number) for number in range(self.views)]
@@ -570,7 +567,6 @@ class Views(torch.utils.data.Dataset):
         size = [self.cfg.size] * 2
         crops = [TF.resize(crop, size, TF.InterpolationMode.BICUBIC, antialias=True) for crop in crops]
         return torch.stack(crops), torch.tensor(parameters, dtype=torch.float32), key[1], used
-
     def centre(self, picture):      # the usual test crop, 224 of 256, cut before it is resized; small: whole
         side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
         return TF.center_crop(picture, [side, side]), [0, 1, 1, 1, 0, 0, 0, 0]
@@ -823,8 +819,10 @@ def write(path, fill):      # atomically: a reader, or a resumed run, finds the 
             fill(file)
             os.fsync(file.flush() or file.fileno())
         os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): make room, then repeat") from error
+    except (OSError, RuntimeError) as error:                    # RuntimeError: torch.save's, on a full disk
+        if os.path.isfile(aside):
+            os.remove(aside)
+        raise UserError(f"{path}: cannot be written ({error}): make room, then repeat") from error
 
 def read(path, reader, remedy):     # -> reader(open file); UserError, with the remedy: unreadable, malformed
     try:
@@ -832,11 +830,10 @@ def read(path, reader, remedy):     # -> reader(open file); UserError, with the 
             return reader(file)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); mend that") from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path}: not what it should be ({reason}); {remedy}") from error
+        lost = isinstance(error, (OSError, MemoryError)) or "memory" in reason      # not the file's fault
+        raise UserError(f"{path}: cannot be read ({reason}); {'mend that' if lost else remedy}") from error
 
 def fingerprint(*parts):    # SHA-256 of bytes, of the tensors of a module, or of what JSON can hold
     whole = hashlib.sha256()
@@ -1083,8 +1080,9 @@ def fail(message):          # what is wrong with the command itself
     error.status = 2
     raise error
 def process():      # (rank, ranks, rank on this machine), as torchrun says: its variables are read here alone
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
-    missing = [name for name in names if name not in os.environ]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    missing = [name for name in names if not os.environ.get(name, "").isdigit() and name != "MASTER_ADDR"
+               or name not in os.environ]
     if 0 < len(missing) < len(names):
         fail(f"{', '.join(missing)}: not set, but others of torchrun's are: use torchrun, or unset all")
     return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names[:3])
@@ -1161,7 +1159,7 @@ def check(cfg, given):      # UserError for a flag that has no effect, or flags 
     if cfg.backbone == "pixels" and cfg.epochs and not cfg.probe:
         fail("--backbone pixels: has no weights to train; add --epochs 0")
 
-def load_backbone(path, cfg):   # a backbone.pt, or a torchvision file of that architecture but its classifier
+def load_backbone(path, cfg, remedy):       # a backbone.pt, or torchvision's file without its classifier
     backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     mine = backbone.state_dict()
     def fill(file):
@@ -1170,13 +1168,13 @@ def load_backbone(path, cfg):   # a backbone.pt, or a torchvision file of that a
             del state[name]                                                     # in place: it keeps _metadata
         require(all(state[k].dtype == mine[k].dtype for k in state.keys() & mine.keys()), "another dtype")
         backbone.load_state_dict(state)
-    read(path, fill, f"give a file of --backbone {cfg.backbone} at --size {cfg.size}")
+    read(path, fill, remedy)
     return backbone
 
 @contextlib.contextmanager
 def open_run(out, cfg, argv, identity):     # the folder: made, or of the same experiment and data; locked
     path, code, lock = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read()), None
-    saved = read(path, json.load, "give another --out") if os.path.exists(path) else {}
+    saved = read(path, lambda f: dict(json.load(f)), "give another --out") if os.path.exists(path) else {}
     there, here = saved.get("config", {}), vars(cfg)
     foreign = not cfg.probe and saved.get("identity") != identity
     if saved and (foreign or bool(cfg.probe) != bool(there.get("probe"))):
@@ -1207,7 +1205,8 @@ def open_run(out, cfg, argv, identity):     # the folder: made, or of the same e
 
 def run(cfg, argv):         # whatever is wrong with the command shows before the run's folder is made
     torch.backends.cudnn.benchmark = True                                       # the sizes of a run are fixed
-    backbone, model = (load_backbone(cfg.probe, cfg), None) if cfg.probe else (None, build_model(cfg))
+    remedy = f"give a file of --backbone {cfg.backbone} at --size {cfg.size}"
+    backbone, model = (load_backbone(cfg.probe, cfg, remedy), None) if cfg.probe else (None, build_model(cfg))
     train, val = load_data(cfg)
     labelled, step = val is not None and train.targets is not None, cfg.batch_size * cfg.accumulate
     if labelled:
@@ -1242,12 +1241,13 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
             if process()[0] == 0:
                 write(final, partial(torch.save, backbone.state_dict()))
         elif not cfg.probe:
-            backbone = load_backbone(final, cfg)
+            backbone = load_backbone(final, cfg, "delete it")
         if labelled:
             names = ("probe_epochs", "label_fraction", "seed", "amp", "backbone", "size", "norm", "data")
             about = fingerprint({name: getattr(cfg, name) for name in names}, data, backbone)
-            found = read(results, json.load, "delete it") if os.path.exists(results) else {}
-            if found.get("identity") != about:
+            if os.path.exists(results):
+                found = read(results, lambda file: dict(json.load(file)), "delete it")
+            if not found or found.get("identity") != about:
                 found, new = linear_probe(backbone, cfg, train, val) | dict(identity=about), True
                 if process()[0] == 0:
                     write(results, lambda file: file.write(json.dumps(found, indent=1).encode()))
@@ -1255,9 +1255,10 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
         if process()[0] == 0:                                   # the result, what has emerged, what is left
             names = dict(top1="top-1", top5="top-5", knn="k-NN")
             result = ", ".join(f"{word} {found[key]:.2f} %" for key, word in names.items() if found)
-            print(f"{out}: {result or ', '.join(sorted(os.listdir(out)))}")
-            metrics = os.path.join(out, "metrics.jsonl")
-            events = [json.loads(line) for line in open(metrics)] if os.path.exists(metrics) else []
+            print(f"{clean(out)}: {result or ', '.join(sorted(os.listdir(out)))}")
+            log, events = os.path.join(out, "metrics.jsonl"), []
+            if os.path.exists(log):
+                events = read(log, lambda file: [*map(json.loads, file)], "delete it")
             epochs = [event for event in events if event.pop("event") == "epoch"]
             for figures in epochs[:1] + epochs[-1:]:
                 print(", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
@@ -1266,16 +1267,16 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
-    argv, own, status = sys.argv[1:] if argv is None else list(argv), False, 0
+    argv, own, status, rank = sys.argv[1:] if argv is None else list(argv), False, 0, 0
     try:
+        rank = process()[0]
         cfg, _ = parse(argv)
         own = process()[1] > 1 and not dist.is_initialized()
         if own:
             if cfg.device == "cuda":
                 torch.cuda.set_device(process()[2])
-            before = signal.signal(signal.SIGINT, signal.SIG_DFL)         # Python's would wait for the others
+            signal.signal(signal.SIGINT, signal.SIG_DFL)        # Python's waits while a rank waits for others
             dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[cfg.device])
-            signal.signal(signal.SIGINT, before)
         run(cfg, argv)
     except KeyboardInterrupt:
         line, status = "interrupted, run the same command again", 75
@@ -1287,7 +1288,7 @@ def main(argv=None):
         known = "out of memory|shared memory|DataLoader worker|already in use|closed by peer|reset by peer"
         if not re.search(known, line):              # these say enough; any other is a fault of ours
             traceback.print_exc()
-    if status and (status == 1 or not own or process()[0] == 0):         # what all ranks say, one says
+    if status and (rank == 0 or dist.is_initialized() and status != 75):    # what every rank says, one says
         print(f"hex.py: {clean(line)}", file=sys.stderr, flush=True)
     if own and status:
         os._exit(status)                                                # to destroy the group waits for peers
