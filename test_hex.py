@@ -908,3 +908,23 @@ def test_a_rank_without_its_world_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     status, line = refused(capsys)
     assert status == 2 and "WORLD_SIZE" in line and "torchrun" in line
+
+def test_files_that_are_no_pictures_or_no_classes_are_named(tmp_path, capsys):
+    noise(tmp_path / "data" / "train" / "a" / "0.png")
+    os.mkfifo(tmp_path / "data" / "train" / "a" / "1.png")                  # to open it would wait for ever
+    folder = hx.Folder(str(tmp_path / "data" / "train"))
+    with pytest.raises(hx.UserError, match="no regular file"):
+        folder.read(1)
+    for text in ("", "\n", "\r\n"):
+        (tmp_path / "list").write_bytes(text.encode())
+        status, line = refused(capsys, *FOLDER, tmp_path / "data", "--classes", tmp_path / "list")
+        assert status == 2 and "--classes" in line and "leave it out" in line
+
+@pytest.mark.parametrize("error, advice", [(MemoryError(), "mend that"), (PermissionError("no"), "mend that"),
+                                           (ValueError("odd"), "delete it")])
+def test_a_file_is_called_bad_only_where_it_is(tmp_path, error, advice):
+    def reader(file):
+        raise error
+    (tmp_path / "f").write_text("")
+    with pytest.raises(hx.UserError, match=advice):
+        hx.read(tmp_path / "f", reader, "delete it")
