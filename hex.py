@@ -359,7 +359,6 @@ class HEX(nn.Module):
         embeddings = self.method(x1, x2)
         require(not isinstance(embeddings, torch.Tensor), "forward returned a bare tensor, not a tuple")
         return embeddings
-
     def loss(self, *embeddings, epoch=0, threshold=None):
         """-> loss (scalar), stats (detached scalars). threshold: this batch's (the oracle's labels)."""
         with torch.autocast(embeddings[0].device.type, enabled=False):
@@ -570,7 +569,6 @@ class Views(torch.utils.data.Dataset):
     def centre(self, picture):      # the usual test crop, 224 of 256, cut before it is resized; small: whole
         side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
         return TF.center_crop(picture, [side, side]), [0, 1, 1, 1, 0, 0, 0, 0]
-
     @staticmethod
     def random_crop(rng, height, width, smallest):
         """Inception's crop -> top, left, height, width: share smallest to 1, ratio 3/4 to 4/3, 10 tries."""
