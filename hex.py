@@ -1084,6 +1084,7 @@ def process():      # (rank, ranks, rank on this machine), as torchrun says: its
     if 0 < len(missing) < len(names):
         fail(f"{', '.join(missing)}: not set, but others of torchrun's are: use torchrun, or unset all")
     return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names[:3])
+
 def clean(text):        # one line for a terminal, whatever is in the names of files
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).strip())[:1000]
 def announce(text):
