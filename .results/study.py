@@ -30,8 +30,8 @@ TOP = os.path.dirname(HERE)
 RUNS, MECHANISM = (os.path.join(HERE, name) for name in ("runs.jsonl", "mechanism.jsonl"))
 
 # --- The runs -----------------------------------------------------------------------------------------------
-# An arm is a loss with its flags. Seeds are outermost: wherever the study stops, what is there is paired.
-# A run that two rows ask for is made once.
+# An arm is a loss with its flags. In a part seeds are outermost: wherever the study stops, what is there is
+# paired. A run that two rows ask for is made once: the first parts are the pair that matters most.
 
 SIX = ("infonce", "dcl", "hex", "hex --decoupled", "hex --tau-plus 0", "released")
 MAIN = ("infonce", "hex", "released")
@@ -42,6 +42,9 @@ STRONG = ("infonce", "hex --quantile 0.9 --beta 4")
 Row = namedtuple("Row", "part data flags arms seeds")
 STUDY = [Row(*row) for row in (
     # part        data               flags of all arms                   arms          seeds
+    ("pair",      "shapes",          "",                                 PAIR,         10),
+    ("pair-many", "cifar100",        "--temperature 0.1",                PAIR,         5),
+    ("pair-many", "cifar10",         "--temperature 0.1",                PAIR,         5),
     ("shapes",    "shapes",          "",                                 SIX,          10),
     ("shapes",    "shapes",          "",                                 ("random",),  3),
     ("shapes",    "shapes",          "",                                 ("pixels",),  1),
@@ -77,13 +80,15 @@ Run = namedtuple("Run", "part data flags arm seed")
 
 
 def listed(rows):
-    """The runs of these rows, in their order, each once."""
+    """The runs of these rows, each once: part by part, in a part seed by seed."""
     runs = {}
-    for row in rows:
-        for seed in range(row.seeds):
-            for arm in row.arms:
-                run = Run(row.part, row.data, row.flags, arm, seed)
-                runs.setdefault(run[1:], run)
+    for _, part in itertools.groupby(rows, key=lambda row: row.part):
+        part = list(part)
+        for seed in range(max(row.seeds for row in part)):
+            for row in part:
+                for arm in row.arms if seed < row.seeds else ():
+                    run = Run(row.part, row.data, row.flags, arm, seed)
+                    runs.setdefault(run[1:], run)
     return list(runs.values())
 
 
