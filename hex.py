@@ -807,7 +807,6 @@ def emergence(model, cfg, train, val, picture=None):    # -> scalars, of fixed p
     return {key: value.item() for key, value in out.items()}
 
 # --- Pre-training ---------------------------------------------------------------------------------
-
 def write(path, fill):      # atomically: a reader, or a resumed run, finds the old file or the new one
     aside = path + ".tmp"
     try:
@@ -850,12 +849,12 @@ def agree(content, cfg, what):      # UserError unless all ranks hold the same c
 
 @contextlib.contextmanager
 def signals_counted():
-    """Yields a list of what came; a second ends all. By a thread: Python's handlers wait for system calls."""
+    """Yields when they came; another ends all. By a thread: Python's own handlers wait for system calls."""
     came, (end, start) = [], os.pipe()
     def listen():
-        while number := os.read(end, 1):
-            came.append(number)
-            if len(came) == 2:
+        while os.read(end, 1):
+            came.append(time.monotonic())
+            if came[-1] > came[0] + 3:          # sooner: the same, sent to a whole job, and torchrun's copy
                 os._exit(75)
     os.set_blocking(start, False)
     threading.Thread(target=listen, daemon=True).start()
@@ -990,6 +989,7 @@ def pretrain(model, cfg, train, val, out, identity):
                 state |= dict(step=step, logged=log.tell(), identity=identity)
                 write(checkpoint, partial(torch.save, state))
             if stop:
+                agree(step, cfg, "steps")               # waits for the checkpoint: torchrun ends all with one
                 raise KeyboardInterrupt
     log.close()
     return model.method.backbone
@@ -1182,10 +1182,10 @@ def open_run(out, cfg, argv, identity):     # the folder: made, or of the same e
         raise UserError(f"--out {out}: holds another experiment ({'; '.join(other)}); give another --out")
     if saved and saved.get("code") != code:
         announce(f"warning: hex.py has changed since {out} was begun")
-    known = {"lock", "config.json.tmp"}
-    if not saved and os.path.lexists(out) and not (os.path.isdir(out) and known.issuperset(os.listdir(out))):
-        raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
     if process()[0] == 0:
+        known = {"lock", "config.json.tmp"}
+        if os.path.lexists(out) and not (saved or os.path.isdir(out) and known.issuperset(os.listdir(out))):
+            raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
         try:
             os.makedirs(out, exist_ok=True)
             lock = open(os.path.join(out, "lock"), "a")
@@ -1260,7 +1260,7 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
                 events = read(log, lambda file: [*map(json.loads, file)], "delete it")
             epochs = [event for event in events if event.pop("event") == "epoch"]
             for figures in epochs[:1] + epochs[-1:]:
-                print(", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
+                print(", ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None))
         if not new:
             announce(f"finished before, nothing was run; delete {out} to repeat")
 

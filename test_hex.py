@@ -13,6 +13,8 @@ import random
 import shutil
 import signal
 import tarfile
+import time
+import types
 import weakref
 from functools import partial
 from itertools import product
@@ -309,7 +311,7 @@ CASES = [*((form, LOPSIDED, {}) for form in FORMS), ("hex", views(6), dict(H=("q
          *((name, embeddings(name), {}) for name in ("nnclr", "mocov3", "barlow", "vicreg")),
          ("hex", views(2), {})]                                             # one image a rank
 SMALL = ("--epochs 2 --batch-size 16 --hidden 32 --dim 16 --probe-epochs 2 --workers 0 --log-every 1 "
-         "--device cpu --lr-warmup 1 --hex-warmup 0").split()
+         "--device cpu --lr 0.5 --lr-warmup 1 --hex-warmup 0").split()
 SHORT = [*SMALL, *"--epochs 1 --lr-warmup 0 --probe-epochs 1".split()]
 RUNS = dict(simclr=("--accumulate 2", 0),
             nnclr=("--accumulate 2 --method nnclr --predictor 32 --queue 40", 1e-5),
@@ -345,10 +347,18 @@ def on_rank(rank, port, folder):
     for name, (options, _) in RUNS.items():
         assert hx.main([*SHORT, *options.split(), "--out", f"{folder}/two {name}"]) == 0
     together = [of_rank(case, rank) for case in CASES]
+    command = [*SHORT, *RUNS["simclr"][0].split(), "--out", f"{folder}/stopped"]
+    with pytest.MonkeyPatch.context() as patch:     # one rank is told, and looks late; the other writes late
+        if rank == 1:
+            at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            patch.setattr(os.path, "lexists", lambda path, look=os.path.lexists: time.sleep(1) or look(path))
+        patch.setattr(hx, "write", lambda path, fill, write=hx.write: time.sleep(0.3) or write(path, fill))
+        stopped = hx.main(command), os.path.exists(f"{folder}/stopped/checkpoint.pt"), hx.main(command)
     hx.draw_shapes = lambda count, seed: DRAW(112, seed + rank)
     with contextlib.redirect_stderr(io.StringIO()) as told:
         status = hx.main([*SHORT, "--out", f"{folder}/bad"])
-    torch.save((together, status, told.getvalue(), queue_after(2, [rank, rank + 2])), f"{folder}/{rank}.pt")
+    queue = queue_after(2, [rank, rank + 2])
+    torch.save((together, status, told.getvalue(), queue, stopped), f"{folder}/{rank}.pt")
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
@@ -380,8 +390,13 @@ def test_two_ranks_train_as_one_process(two_ranks, name):
     one, two = (losses(two_ranks[0] / f"{count} {name}") for count in ("one", "two"))
     assert len(one) == 3 and two == pytest.approx(one, rel=0, abs=RUNS[name][1])
 
+def test_a_signal_to_one_rank_stops_all_when_the_checkpoint_is_written(two_ranks):
+    assert [each[4] for each in two_ranks[1]] == [(75, True, 0)] * 2
+    first, again = (two_ranks[0] / name / "backbone.pt" for name in ("two simclr", "stopped"))
+    assert first.read_bytes() == again.read_bytes()
+
 def test_ranks_that_see_different_data_say_so(two_ranks):
-    for _, status, told, _ in two_ranks[1]:
+    for _, status, told, *_ in two_ranks[1]:
         assert status == 1 and told.count("hex.py: error: the ranks see different data") == 1
     assert not (two_ranks[0] / "bad").exists()
 
@@ -827,6 +842,11 @@ def test_what_a_run_leaves(finished):
         assert result[digits].count("1") / len(result[digits]) * 100 == pytest.approx(result[share])
     assert saved["config"]["batch_size"] == 16 and saved["versions"]["torch"] == torch.__version__
 
+def test_a_purity_that_is_not_defined_is_null_and_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hx, "local_mask", lambda a, *_: (a.new_ones(()), a.new_zeros([2 * len(a)] * 2) > 0))
+    assert run(*SHORT, "--out", tmp_path / "o") == 0 and ", purity" not in capsys.readouterr().out
+    assert [each["purity"] for each in journal(tmp_path / "o", "epoch")] == [None, None]
+
 def test_a_run_that_is_stopped_or_crashes_ends_as_one_that_was_not(finished, tmp_path, monkeypatch, capsys):
     command, out = [*SMALL, "--checkpoint-every", 4, "--out", tmp_path / "o"], tmp_path / "o"
     with monkeypatch.context() as patch:
@@ -839,6 +859,18 @@ def test_a_run_that_is_stopped_or_crashes_ends_as_one_that_was_not(finished, tmp
     assert torch.load(out / "checkpoint.pt")["step"] == 8 and len(losses(out)) == 10
     assert run(*command) == 0 and journal(out) == journal(finished)
     assert (out / "backbone.pt").read_bytes() == (finished / "backbone.pt").read_bytes()
+
+def test_one_signal_that_comes_twice_is_one_and_a_later_one_ends_all(monkeypatch):
+    ended, now = [], [0.0]
+    monkeypatch.setattr(hx.os, "_exit", lambda status: ended.append(status))
+    monkeypatch.setattr(hx, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with hx.signals_counted() as came:
+        for now[0], count, exits in ((10, 1, []), (12, 2, []), (14, 3, [75])):
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while (len(came), ended) != (count, exits) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert (len(came), ended) == (count, exits)
 
 def test_a_finished_run_says_so_and_evaluation_options_evaluate_again(done, capsys, monkeypatch):
     before = (done / "metrics.jsonl").read_bytes()
