@@ -1054,8 +1054,8 @@ RECIPES = {  # what holds for any method, then where one differs; other heads ar
         "mocov3": SHARP | dict(temperature=0.2, lr=0.3, weight_decay=1e-6),
         "byol": SHARP | dict(lr=1.0, weight_decay=1e-5), "vicreg": SHARP | dict(hidden=2048, dim=2048),
         "simsiam": dict(jitter=[0.4, 0.4, 0.4, 0.1], blur=[0.0, 0.0])},
-    "shapes": {"byol": dict(lr=0.15, ema=0.97), "any": TINY | dict(
-        epochs=12, lr=0.5, crop_min=0.5, grayscale=1.0, hidden=256, dim=64, predictor=256, queue=2048)},
+    "shapes": {"byol": dict(lr=0.3, ema=0.97), "any": TINY | dict(batch_size=128, epochs=12, lr=1.0,
+        crop_min=0.5, grayscale=1.0, hidden=256, dim=64, predictor=256, queue=2048)},
     "small": {"byol": dict(lr=0.15, ema=0.97), "any": TINY | dict(
         epochs=15, lr=0.2, crop_min=0.2, hidden=512, dim=128, predictor=512, queue=4096)}}
 EXPERIMENT = [*OPTIONS][:[*OPTIONS].index("seed") + 1] + [

@@ -626,7 +626,7 @@ BASE = dict(
     imagenet=PAPER | dict(backbone="resnet50", size=224, epochs=100, lr=0.3, weight_decay=1e-6, drop_every=20,
                           blur=[0.5, 0.5]),
     cifar=PAPER | dict(backbone="resnet18", epochs=400, lr=0.4, drop_every=100),
-    shapes=TOY | dict(epochs=12, lr=0.5, crop_min=0.5, grayscale=1.0, hex_warmup=1),
+    shapes=TOY | dict(batch_size=128, epochs=12, lr=1.0, crop_min=0.5, grayscale=1.0, hex_warmup=1),
     small=TOY | dict(epochs=15, lr=0.2, crop_min=0.2, hex_warmup=2))
 KEYS = "alpha", "hidden", "dim", "predictor", "ema", "queue"               # what a method has of its own
 OWN = {name: dict(zip(KEYS, values)) for name, values in dict(
@@ -635,7 +635,7 @@ OWN = {name: dict(zip(KEYS, values)) for name, values in dict(
     vicreg=(0.1, 8192, 8192)).items()}
 WIDTHS = dict(shapes=dict(hidden=256, dim=64, predictor=256, queue=2048),
               small=dict(hidden=512, dim=128, predictor=512, queue=4096))
-DIFFERENT = {"shapes byol": dict(lr=0.15, ema=0.97), "small byol": dict(lr=0.15, ema=0.97),
+DIFFERENT = {"shapes byol": dict(lr=0.3, ema=0.97), "small byol": dict(lr=0.15, ema=0.97),
     "imagenet simclr": dict(accumulate=16), "imagenet simsiam": SIAM | dict(lr=0.05, weight_decay=1e-4),
     "imagenet nnclr": TWO_BLURS | dict(weight_decay=1e-5, warmup_threshold=0.9, drop_every=25),
     "imagenet mocov3": TWO_BLURS | dict(temperature=1.0, lr=0.6), "imagenet byol": TWO_BLURS | dict(lr=0.45),
