@@ -3,12 +3,12 @@
 Kokilepersaud, Kim, Prabhushankar, AlRegib; WACV 2025; arXiv 2410.23200. Not the authors' code.
 
 InfoNCE pulls the two views of an image together and pushes every other image away, all alike. HEX splits
-these negatives where their similarity passes eps: G(i), the global rest, stays as it is; H(i), the local
-ones, which training has made look like the anchor, are weighted by their similarity and debiased. Why:
-among neighbors fine semantics emerge, and collapse if they are treated like all else (local collapse).
-Known from abstract and figure: the split, a weighted local term, a falling threshold; from the authors' code
-alone: quantile, schedules, warm-up, beta, tau_plus, floor; reconstructed by us: the form of Q, |H|, and the
-positive in the denominator. What was found here: README.
+these negatives where their similarity passes eps: G(i), the global rest, stays as it is; of H(i), the local
+ones, the nearest are pushed hardest (Q), less a share tau_plus taken for the anchor's own class (debiasing:
+m at p may be negative), down to a floor. Why: among neighbors fine semantics emerge, and collapse if they
+are treated like all else (local collapse). Known from abstract and figure: the split, a weighted local term,
+a falling threshold; from the authors' code alone: quantile, schedules, warm-up, beta, tau_plus, floor;
+reconstructed by us: Q, |H|, the positive in the denominator. What was found here: README.
 
     x1, x2 (N, 3, S, S)  ->  z (2N, D), normalized  ->  s = z z^T (2N, 2N)  ->  H (2N, 2N)  ->  loss
     l_i = log( sum_j m_ij e^{s_ij/tau} + c_i ) - s_ip/tau         p: the other view of i; m_ii = 0
@@ -19,7 +19,7 @@ positive in the denominator. What was found here: README.
     HEX                     1 - |H| tau_plus / (1 - tau_plus) 1        Q_ij / (1 - tau_plus)  0
     HEX, i at the floor     1                                 1        0                      |H| e^{-1/tau}
     HEX, decoupled          1 less                            as HEX   as HEX                 as HEX
-    released (their code)   0                                 1        0                      1 if G is empty
+    released (their code)   0                                 1        0                      0; G empty: 1
                             and (2N - 2) e^{-1/tau} outside the log; the quantile sees i and p, too
 
     eps   = mean over i of the q-quantile of s_ij, j in Neg(i)   Neg(i): all but i and p; no gradient
@@ -31,7 +31,7 @@ Any method: (1 - alpha) own loss + alpha scale mean over its pairs (a, b) of F(a
     python hex.py                                                    minutes on a CPU
     python hex.py --data cifar10 --root DIR --recipe small           one GPU, or minutes on a CPU
     torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR    paper scale
-    python hex.py --data folder --root DIR                           your own pictures
+    python hex.py --data folder --root DIR --recipe small            your own pictures, without labels, too
 In order: the loss (it can be copied out alone), methods, data, optimizer, evaluation, training, command line.
 """
 import contextlib
@@ -197,7 +197,6 @@ def gather(x):
     if ranks()[1] == 1:
         return x
     return collectives.wait_tensor(collectives.all_gather_single(x.contiguous(), 0, dist.group.WORLD))
-
 def mean_over_ranks(x):     # of a detached tensor
     if ranks()[1] > 1:
         dist.all_reduce(x := x / ranks()[1])
@@ -641,7 +640,6 @@ def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=Fa
 def leave_signals_to_the_run(_):        # in a loader process, which must not stop before the run's step ends
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
-
 def loader(views, batches, workers):    # spawned: a fork beside threads (autograd's, gloo's) may never return
     return torch.utils.data.DataLoader(
         views, batch_sampler=batches, num_workers=workers, pin_memory=views.cfg.device == "cuda",
@@ -929,15 +927,15 @@ def pretrain(model, cfg, train, val, out, identity):
     def describe(step):     # what has emerged: logged and printed; at the start and at the end a picture, too
         epoch, names = step // max(1, per_epoch), {0: "neighbours_early.png", total: "neighbours.png"}
         with alone():
-            figures = emergence(model, cfg, train, val, step in names and os.path.join(out, names[step]))
-        note(event="epoch", step=step, epoch=epoch, **figures)
-        announce(f"epoch {epoch}/{cfg.epochs}: " + ", ".join(f"{k} {v:.3g}" for k, v in figures.items()))
-        if epoch > 1 and figures["std"] < 0.1:
-            announce(f"warning: the embeddings have collapsed (std {figures['std']:.3f} of 1): lower --lr")
-        return figures
-    since, first, waited, scale = time.perf_counter(), done, 0.0, scaler.get_scale()
+            found = emergence(model, cfg, train, val, step in names and os.path.join(out, names[step]))
+        note(event="epoch", step=step, epoch=epoch, **found)
+        announce(f"epoch {epoch}/{cfg.epochs}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
+        if found["std"] < min(0.1, figures.get("std", 0)):          # low, and falling: at the start it is low
+            announce(f"warning: the embeddings collapse (std {found['std']:.3f} of 1): lower --lr")
+        return found
+    since, first, waited, scale, figures = time.perf_counter(), done, 0.0, scaler.get_scale(), {}
     with signals_counted() as signals, tqdm(total=total, initial=done, disable=r > 0, unit="step") as bar:
-        figures = {} if done else describe(0)
+        figures = figures if done else describe(0)
         for step in range(done + 1, total + 1):
             epoch, logs = (step - 1) // per_epoch, []                           # loss and stats of each loss
             lr = learning_rate(step - 1, total, cfg.lr_warmup * per_epoch, peak)
@@ -1110,9 +1108,11 @@ def parse(argv):        # -> cfg, with every setting, and a dict of what was giv
             fail(f"{flag(name)} {value!r}: {wrong}")
     if "probe" in given and not {"backbone", "data"} <= given.keys():          # else as in the run it is of
         beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
+        remedy, there = "name --backbone, --size and --data", os.path.exists(given["probe"])
         if not os.path.exists(beside):
-            fail(f"--probe {given['probe']}: there is no config.json beside it; name --backbone and --data")
-        saved = read(beside, lambda file: dict(json.load(file)["config"]), "name --backbone and --data")
+            what = f"config.json beside it; {remedy}" if there else "such file; give another"
+            fail(f"--probe {given['probe']}: there is no {what}")
+        saved = read(beside, lambda file: dict(json.load(file)["config"]), remedy)
         names = ("recipe", "backbone", "norm", "size") + ("data", "root", "classes") * ("data" not in given)
         chosen = {name: saved[name] for name in names if saved.get(name) is not None}
     chosen |= given
@@ -1229,7 +1229,7 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
     final, results = os.path.join(out, "backbone.pt"), os.path.join(out, "probe.json")
     agree([identity, os.path.exists(final)], cfg, "data, options or --out")
     with open_run(out, cfg, argv, identity):
-        how = " ".join(f"{key}={value}" for key, value in vars(cfg).items() if value not in (None, False))
+        how = " ".join(f"{key}={value}" for key, value in vars(cfg).items() if value is not None)
         no = "" if labelled else f" without {'labels' if train.targets is None else 'val/'}: no probe or k-NN"
         announce(f"{out}: {len(train)} train, {len(val or ())} val pictures{no}; {process()[1]} ranks; {how}")
         if cfg.recipe in ("cifar", "imagenet") and torch.version.cuda and not torch.cuda.is_available():

@@ -847,6 +847,15 @@ def test_a_purity_that_is_not_defined_is_null_and_does_not_end_the_run(tmp_path,
     assert run(*SHORT, "--out", tmp_path / "o") == 0 and ", purity" not in capsys.readouterr().out
     assert [each["purity"] for each in journal(tmp_path / "o", "epoch")] == [None, None]
 
+def test_the_first_line_says_what_was_chosen_and_a_collapse_is_warned_of(tmp_path, monkeypatch, capsys):
+    found = iter([0.01, 0.02, 0.005])
+    monkeypatch.setattr(hx, "emergence", lambda *_: dict(std=next(found)))
+    assert run(*SMALL, "--tau-plus", 0, "--out", tmp_path / "o") == 0
+    err = capsys.readouterr().err
+    assert err.count("warning") == 1 and "std 0.005 of 1" in err
+    chosen = json.load(open(tmp_path / "o" / "config.json"))["config"]      # and the first line says it all
+    assert all(f" {key}={value}" in err for key, value in chosen.items() if value is not None)
+
 def test_a_run_that_is_stopped_or_crashes_ends_as_one_that_was_not(finished, tmp_path, monkeypatch, capsys):
     command, out = [*SMALL, "--checkpoint-every", 4, "--out", tmp_path / "o"], tmp_path / "o"
     with monkeypatch.context() as patch:
@@ -906,6 +915,8 @@ def test_a_backbone_is_probed_as_in_its_run_and_a_broken_one_is_refused(done, tm
     options = [*"--probe-epochs 2 --workers 0 --device cpu --probe".split(), done / "backbone.pt",
                "--out", tmp_path / "p"]
     assert run(*options) == 0
+    (tmp_path / "alone.pt").write_bytes((done / "backbone.pt").read_bytes())
+    assert "--backbone, --size and --data" in refused(capsys, "--probe", tmp_path / "alone.pt")[1]
     first, again = (json.load(open(path / "probe.json")) for path in (done, tmp_path / "p"))
     assert first["right"] == again["right"] and first["identity"] == again["identity"]
     state = torch.load(done / "backbone.pt")
@@ -927,7 +938,7 @@ def test_what_is_not_finite_ends_the_run_and_leaves_the_checkpoint(broken, tmp_p
     ("--bogus", "--bogus", ""), ("--method moco", "--method", "mocov3"), ("--out ", "--out", "leave it out"),
     ("--quantile 1", "--quantile", "(1e-06"), ("--loss infonce --beta 2", "--beta 2", "leave it out"),
     ("--loss base --alpha 0.5", "--alpha", "leave it out"), ("--queue 8", "--queue", "leave it out"),
-    ("--data folder", "--root", "needs --root DIR"), ("--probe no.pt", "no.pt", "--backbone"),
+    ("--data folder", "--root", "needs --root DIR"), ("--probe no.pt", "no.pt", "such file; give another"),
     ("--hex-warmup 3 --epochs 3", "hex", "--hex-warmup 2"), ("--backbone r19", "r19", "resnet18"),
     ("--batch-size 999", "than the 999", "--batch-size 112"), ("--backbone pixels", "pixels", "--epochs 0"),
     ("--data cifar10 --threshold oracle", "ora", "cifar100"), ("--label-fraction 0.01", "label", "0.1072")])
