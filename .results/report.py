@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 import numpy as np
 from plot import COLORS, GRAY, INK, PALE, Picture, axis, legend, panel, read_events, ticks
-from study import HERE, MECHANISM, PAIR, RUNS, SETTINGS, SIX, STUDY, TRAINED, key
+from study import HERE, MECHANISM, PAIR, RUNS, SETTINGS, SIX, STUDY, TRAINED, key, same_numbers
 
 DRAWS, LEVEL, POWER = 10_000, 0.05, 0.8
 WAYS = ("bootstrap", "components", "seeds")             # of reckoning an interval
@@ -25,12 +25,18 @@ MEASURES = {"top1": ("top-1", "right"), "knn": ("k-NN", "knn_right")}
 # --- Lines --------------------------------------------------------------------------------------------------
 
 
-def load(path):
-    """The lines of the hex.py that most of them are of, and how many others there are."""
-    lines = read_events(path)
+def load():
+    """The runs of the hex.py that most of them are of, and of others with the same numbers; the mechanism's
+    lines of these; {code: its runs} of them, the first first; how many runs are left out."""
+    lines = read_events(RUNS)
     counts = collections.Counter(line["code"] for line in lines)
     code = max(counts, key=lambda each: (counts[each], each), default=None)
-    return [line for line in lines if line["code"] == code], len(lines) - counts[code], code
+    same = same_numbers(lines, code)
+    runs = {key(line): line for line in lines if line["code"] in same}
+    runs |= {key(line): line for line in lines if line["code"] == code}
+    mechanism = [line for line in read_events(MECHANISM) if line["code"] in same]
+    made = {each: counts[each] for each in [code, *sorted(same - {code})]}
+    return [*runs.values()], mechanism, made, len(lines) - sum(made.values())
 
 
 def table_of(lines):
@@ -449,17 +455,20 @@ def draw_curves(groups, uniform):
 # --- The command --------------------------------------------------------------------------------------------
 
 
-def provenance(lines, others, code, mechanism):
+def provenance(lines, mechanism, made, others):
     if not lines:
         return "No runs yet.\n"
     counts = collections.Counter()
     for line in lines:
         counts["on {device}: {cpu}, {threads} thread".format(**line["machine"])] += 1
         counts["with " + ", ".join(f"{name} {version}" for name, version in line["versions"].items())] += 1
+    first, *later = made.items()
+    again = "".join(f" `{code[:16]}` made {count}, also of the same runs: every figure is the same."
+                    for code, count in later)
     left = f" {others} runs of other versions of `hex.py` are left out." if others else ""
     listed = "\n".join(f"- {count} {name}" for name, count in sorted(counts.items()))
     return (f"{len(lines)} runs in `runs.jsonl` and {len(mechanism)} lines in `mechanism.jsonl`, made by the "
-            f"`hex.py` of code `{code[:16]}`.{left}\n\n{listed}\n")
+            f"`hex.py` of code `{first[0][:16]}` (`code` in a run's config.json).{again}{left}\n\n{listed}\n")
 
 
 RUN_TEXT = """\
@@ -479,12 +488,11 @@ features. Last column: the D in which uniform points have `infonce`'s threshold.
 
 
 def main():
-    lines, others, code = load(RUNS)
-    mechanism, *_ = load(MECHANISM)
+    lines, mechanism, codes, others = load()
     groups, uniform = table_of(lines), Uniform(mechanism, 0.99)
     made, judged = compare(groups)
     parts = ["_Made by `python .results/report.py`; do not edit between the markers._\n",
-             provenance(lines, others, code, mechanism)]
+             provenance(lines, mechanism, codes, others)]
 
     def add(title, *texts):
         if texts[-1]:
