@@ -849,16 +849,16 @@ def agree(content, cfg, what):      # UserError unless all ranks hold the same c
 def signals_counted():
     """Yields when they came; another ends all. By a thread: Python's own handlers wait for system calls."""
     came, (end, start) = [], os.pipe()
+    signals = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+               if signal.getsignal(each) != signal.SIG_IGN]                    # as SIGHUP is, under nohup
     def listen():
-        while os.read(end, 1):
-            came.append(time.monotonic())
-            if came[-1] > came[0] + 3:          # sooner: the same, sent to a whole job, and torchrun's copy
+        while number := os.read(end, 1):
+            came.extend([time.monotonic()] * (number[0] in signals))            # not the loader's SIGCHLD
+            if came and came[-1] > came[0] + 3:     # sooner: the same, sent to a whole job, and torchrun's
                 os._exit(75)
     os.set_blocking(start, False)
     threading.Thread(target=listen, daemon=True).start()
     signal.set_wakeup_fd(start)
-    signals = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-               if signal.getsignal(each) != signal.SIG_IGN]                    # as SIGHUP is, under nohup
     before = [(each, signal.signal(each, lambda *_: None)) for each in signals]
     try:
         yield came
@@ -1108,7 +1108,7 @@ def parse(argv):        # -> cfg, with every setting, and a dict of what was giv
             fail(f"{flag(name)} {value!r}: {wrong}")
     if "probe" in given and not {"backbone", "data"} <= given.keys():          # else as in the run it is of
         beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
-        remedy, there = "name --backbone, --size and --data", os.path.exists(given["probe"])
+        remedy, there = "name --backbone, --size, --norm and --data", os.path.exists(given["probe"])
         if not os.path.exists(beside):
             what = f"config.json beside it; {remedy}" if there else "such file; give another"
             fail(f"--probe {given['probe']}: there is no {what}")

@@ -873,13 +873,16 @@ def test_one_signal_that_comes_twice_is_one_and_a_later_one_ends_all(monkeypatch
     ended, now = [], [0.0]
     monkeypatch.setattr(hx.os, "_exit", lambda status: ended.append(status))
     monkeypatch.setattr(hx, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)                 # as the DataLoader's
     with hx.signals_counted() as came:
+        os.kill(os.getpid(), signal.SIGCHLD)
         for now[0], count, exits in ((10, 1, []), (12, 2, []), (14, 3, [75])):
             os.kill(os.getpid(), signal.SIGTERM)
             deadline = time.monotonic() + 10
             while (len(came), ended) != (count, exits) and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert (len(came), ended) == (count, exits)
+    signal.signal(signal.SIGCHLD, before)
 
 def test_a_finished_run_says_so_and_evaluation_options_evaluate_again(done, capsys, monkeypatch):
     before = (done / "metrics.jsonl").read_bytes()
@@ -916,7 +919,7 @@ def test_a_backbone_is_probed_as_in_its_run_and_a_broken_one_is_refused(done, tm
                "--out", tmp_path / "p"]
     assert run(*options) == 0
     (tmp_path / "alone.pt").write_bytes((done / "backbone.pt").read_bytes())
-    assert "--backbone, --size and --data" in refused(capsys, "--probe", tmp_path / "alone.pt")[1]
+    assert "--backbone, --size, --norm and --data" in refused(capsys, "--probe", tmp_path / "alone.pt")[1]
     first, again = (json.load(open(path / "probe.json")) for path in (done, tmp_path / "p"))
     assert first["right"] == again["right"] and first["identity"] == again["identity"]
     state = torch.load(done / "backbone.pt")
