@@ -14,7 +14,20 @@ from statistics import mean, stdev
 
 import numpy as np
 from plot import COLORS, GRAY, INK, PALE, Picture, axis, legend, panel, read_events, ticks
-from study import HERE, MAIN, MECHANISM, PAIR, RUNS, SETTINGS, SIX, STUDY, TRAINED, key, same_numbers
+from study import (
+    HERE,
+    MAIN,
+    MECHANISM,
+    PAIR,
+    RUNS,
+    SETTINGS,
+    SIX,
+    STUDY,
+    TRAINED,
+    key,
+    recipe_of,
+    same_numbers,
+)
 
 DRAWS, LEVEL, POWER = 10_000, 0.05, 0.8
 WAYS = ("bootstrap", "seeds")                           # of reckoning an interval; the report's spans both
@@ -27,16 +40,25 @@ MEASURES = {"top1": ("top-1", "right"), "knn": ("k-NN", "knn_right")}
 
 def load():
     """The runs of the hex.py that most of them are of, and of others with the same numbers; the mechanism's
-    lines of these; {code: its runs} of them, the first first; how many runs are left out."""
+    lines of these; how they came, in words."""
     lines = read_events(RUNS)
     counts = collections.Counter(line["code"] for line in lines)
     code = max(counts, key=lambda each: (counts[each], each), default=None)
     same = same_numbers(lines, code)
-    runs = {key(line): line for line in lines if line["code"] in same}
+    runs = {key(line): line for line in lines if (line["code"], recipe_of(line)) in same}
     runs |= {key(line): line for line in lines if line["code"] == code}
-    mechanism = [line for line in read_events(MECHANISM) if line["code"] in same]
-    made = {each: counts[each] for each in [code, *sorted(same - {code})]}
-    return [*runs.values()], mechanism, made, len(lines) - sum(made.values())
+    mechanism = [line for line in read_events(MECHANISM) if (line["code"], recipe_of(line)) in same]
+    words = [f"{len(runs)} runs and {len(mechanism)} lines of the mechanism, by the `hex.py` of code "
+             f"`{str(code)[:16]}` (`code` in a run's config.json)."]
+    for other in sorted({other for other, _ in same} - {code}):
+        theirs = {key(line) for line in lines
+                  if line["code"] == other and (other, recipe_of(line)) in same}
+        shared = {key(line) for line in lines if line["code"] == code} & theirs
+        words.append(f"`{other[:16]}` made {len(theirs)}, {len(shared)} of them made by both, with every "
+                     "figure equal.")
+    left = sum((line["code"], recipe_of(line)) not in same for line in lines)
+    words += [f"{left} runs of other versions are left out."] if left else []
+    return [*runs.values()], mechanism, " ".join(words)
 
 
 def table_of(lines):
@@ -457,20 +479,14 @@ def draw_curves(groups, uniform):
 # --- The command --------------------------------------------------------------------------------------------
 
 
-def provenance(lines, mechanism, made, others):
+def provenance(lines, words):
     if not lines:
         return "No runs yet.\n"
     counts = collections.Counter()
     for line in lines:
         counts["on {device}: {cpu}, {threads} thread".format(**line["machine"])] += 1
         counts["with " + ", ".join(f"{name} {version}" for name, version in line["versions"].items())] += 1
-    first, *later = made.items()
-    again = "".join(f" `{code[:16]}` made {count}, also of the same runs: every figure is the same."
-                    for code, count in later)
-    left = f" {others} runs of other versions of `hex.py` are left out." if others else ""
-    listed = "\n".join(f"- {count} {name}" for name, count in sorted(counts.items()))
-    return (f"{len(lines)} runs in `runs.jsonl` and {len(mechanism)} lines in `mechanism.jsonl`, made by the "
-            f"`hex.py` of code `{first[0][:16]}` (`code` in a run's config.json).{again}{left}\n\n{listed}\n")
+    return "\n".join([words, "", *(f"- {count} {name}" for name, count in sorted(counts.items())), ""])
 
 
 RUN_TEXT = """\
@@ -491,11 +507,11 @@ features. Last column: the D in which uniform points have `infonce`'s threshold.
 
 
 def main():
-    lines, mechanism, codes, others = load()
+    lines, mechanism, words = load()
     groups, uniform = table_of(lines), Uniform(mechanism, 0.99)
     made, judged = compare(groups)
     parts = ["_Made by `python .results/report.py`; do not edit between the markers._\n",
-             provenance(lines, mechanism, codes, others)]
+             provenance(lines, words)]
 
     def add(title, *texts):
         if texts[-1]:

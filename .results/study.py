@@ -7,8 +7,8 @@ DIR holds train/<class>/* and val/<class>/*. Two runs side by side, one thread e
 same command goes on. Each finished run is a line of runs.jsonl, and is not made again by the same hex.py.
 The mechanism is in mechanism.jsonl. report.py makes tables and plots from the two.
 
-Where hex.py has changed since, but should compute the same, `--again N` makes the first N runs again: if all
-figures are those of the older lines, these count on; else all is to be made anew.
+Where hex.py has changed since, but should compute the same, `--again N` makes the first N runs of each recipe
+again: if all figures are those of the older lines, that recipe's count on; else all is to be made anew.
 """
 import argparse
 import ctypes
@@ -132,16 +132,22 @@ def key(line):
     return line["data"], line["flags"], line["arm"], line["seed"]
 
 
+def recipe_of(line):
+    return "shapes" if line.get("data") == "shapes" else "small"
+
+
 def same_numbers(lines, code):
-    """This code, and the others that count with it: a run made by both, all figures of such runs equal."""
+    """{(code, recipe)} that count with this code: both made a run of the recipe, with every figure equal."""
     figures = {}
     for line in lines:
-        figures.setdefault(line["code"], {})[key(line)] = line["probe"], line["epochs"]
-    mine, same = figures.get(code, {}), {code}
-    for other, theirs in figures.items():
+        group = figures.setdefault((line["code"], recipe_of(line)), {})
+        group[key(line)] = line["config"], line["probe"], line["epochs"]
+    same = {(code, "shapes"), (code, "small")}
+    for (other, recipe), theirs in figures.items():
+        mine = figures.get((code, recipe), {})
         both = mine.keys() & theirs.keys()
         if both and all(mine[each] == theirs[each] for each in both):
-            same.add(other)
+            same.add((other, recipe))
     return same
 
 
@@ -350,25 +356,26 @@ def uniform_thresholds(hx, quantile, points=512, draws=20):
     return out
 
 
-def settings_left(codes):
+def settings_left(same):
     """{run: settings in which mechanism.jsonl does not have it yet}."""
     there = {(*key(line), *(line[name] for name in SETTINGS)) for line in read_events(MECHANISM)
-             if line["kind"] == "batch" and line["code"] in codes}
+             if line["kind"] == "batch" and (line["code"], recipe_of(line)) in same}
     left = {run: [each for each in itertools.product(*SETTINGS.values()) if (*run[1:], *each) not in there]
             for run in needed_by_mechanism()}
     return {run: settings for run, settings in left.items() if settings}
 
 
-def mechanism(roots, workdir, code, codes, queue):
+def mechanism(roots, workdir, code, same, queue):
     """Appends what mechanism.jsonl lacks and can be had; ends early if the queue is told to stop."""
     import torch
     torch.set_num_threads(1)
-    hx, lines = hex_module(), [line for line in read_events(MECHANISM) if line["code"] in codes]
+    hx, lines = hex_module(), read_events(MECHANISM)
     for quantile in SETTINGS["quantile"]:
-        if not any(line["kind"] == "uniform" and line["quantile"] == quantile for line in lines):
+        if not any(line["kind"] == "uniform" and line["quantile"] == quantile and line["code"] == code
+                   for line in lines):
             append(MECHANISM, [dict(kind="uniform", code=code, quantile=quantile, points=512,
                                     thresholds=uniform_thresholds(hx, quantile))])
-    for run, settings in settings_left(codes).items():
+    for run, settings in settings_left(same).items():
         out = folder(run, workdir)
         if queue.stopped or run.data not in roots or not os.path.exists(os.path.join(out, "checkpoint.pt")):
             continue
@@ -392,7 +399,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--workdir", default="runs/study", metavar="DIR", help="for the runs [runs/study]")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side [2]")
-    parser.add_argument("--again", type=int, default=0, metavar="N", help="make the first N again")
+    parser.add_argument("--again", type=int, default=0, metavar="N", help="make N again of each recipe")
     parser.add_argument("--list", action="store_true", help="print the runs and which are there; do nothing")
     args = parser.parse_args()
     parts, workdir, code = args.only or PARTS, os.path.abspath(args.workdir), code_now()
@@ -400,9 +407,11 @@ def main():
     given = dict(cifar10=args.cifar10, cifar100=args.cifar100)
     given = {name: os.path.abspath(root) for name, root in given.items() if root}
     lines = read_events(RUNS)
-    codes = same_numbers(lines, code)
-    there = {key(line) for line in lines if line["code"] in codes}
-    there -= {run[1:] for run in runs[:args.again]} - {key(line) for line in lines if line["code"] == code}
+    same = same_numbers(lines, code)
+    there = {key(line) for line in lines if (line["code"], recipe_of(line)) in same}
+    again = [run for each in ("shapes", "small")
+             for run in [run for run in runs if recipe_of(run._asdict()) == each][:args.again]]
+    there -= {run[1:] for run in again} - {key(line) for line in lines if line["code"] == code}
     if args.list:
         for run in runs:
             print("there" if run[1:] in there else "     ", *arguments(run, {run.data: run.data}))
@@ -444,20 +453,19 @@ def main():
         if run[1:] in there:
             tidy(run, folder(run, workdir))
     queue = Queue(workdir, roots, args.jobs, code)
-    wanted = runs[:args.again] if args.again else runs
-    failed = queue([run for run in wanted if run.data in roots and run[1:] not in there], finished)
-    if args.again:
+    failed = queue([run for run in again or runs if run.data in roots and run[1:] not in there], finished)
+    if again:
         same = same_numbers(read_events(RUNS), code)
-        print(f"study.py: the figures are those of {len(same) - 1} older versions of hex.py")
+        print("study.py: the same figures: ", *(f"{each[:16]} {recipe}" for each, recipe in sorted(same)))
         return 75 if queue.stopped else 1 if failed else 0
     if "mechanism" in parts and not queue.stopped:
-        lost = [run for run in settings_left(codes) if run.data in roots
+        lost = [run for run in settings_left(same) if run.data in roots
                 and not os.path.exists(os.path.join(folder(run, workdir), "checkpoint.pt"))]
         for run in lost:
             shutil.rmtree(folder(run, workdir), ignore_errors=True)
         failed += queue(lost, finished)
         if not queue.stopped:
-            mechanism(roots, workdir, code, codes, queue)
+            mechanism(roots, workdir, code, same, queue)
     return 75 if queue.stopped else 1 if failed else 0
 
 
