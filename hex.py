@@ -88,13 +88,13 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
         L = e.mul_(q).sum(1) - tau_plus * ((s_p - top) / tau).exp()         # the floor's bracket over |H|
         clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
         del e                                                                   # as large as the cosine
-        free = torch.where(clamped, 0, size / (1 - tau_plus))
+        free = torch.where(clamped, 0, size / (1 - tau_plus))                   # 0 at the floor
         weight = q.mul_(free[:, None]).masked_fill_(rest, 1)                    # m in H(i), in G(i)
         weight.scatter_(1, p[:, None], (1 - decoupled - tau_plus * free)[:, None])          # and at p
     log_c = torch.where(clamped, size.log() - 1 / tau, -math.inf)
     if released:                            # its local term is a constant, and stands outside the logarithm
         weight, clamped = rest.to(cosine), size > 0
-        log_c = torch.where(rest.any(1), -math.inf, 0.0).to(cosine)
+        log_c = torch.where(rest.any(1), -math.inf, 0.0).to(cosine)             # c: 0, or 1 where G is empty
         outside = (cosine.shape[1] - 2) * (s_p.new_full((), -1.0) / tau).exp()
     loss = (weighted_nce(cosine, s_p, weight, log_c, tau) + outside).mean()
     size, none, clamped = mean_over_ranks(torch.stack([x.to(s_p).mean() for x in (size, size == 0, clamped)]))
