@@ -2,37 +2,37 @@
 """HEX: Hierarchical Emergence Exploitation in Self-Supervised Algorithms, in one file.
 Kokilepersaud, Kim, Prabhushankar, AlRegib; WACV 2025; arXiv 2410.23200. Not the authors' code.
 
-InfoNCE pulls the two views of an image together and pushes every other image away, all alike. HEX splits
-these negatives where their similarity passes eps: G(i), the global rest, stays as it is; of H(i), the local
-ones, the nearest are pushed hardest (Q), less a share tau_plus taken for the anchor's own class (debiasing:
-m at p may be negative), down to a floor. Why: among neighbors fine semantics emerge, and collapse if they
-are treated like all else (local collapse). Known from abstract and figure: the split, a weighted local term,
-a falling threshold; from the authors' code alone: quantile, schedules, warm-up, beta, tau_plus, floor;
-reconstructed by us: Q, |H|, the positive in the denominator. What was found here: README.
+InfoNCE pulls the two views of an image together and pushes every other image away, all alike. HEX
+splits these negatives where their similarity passes eps: G(i), the global rest, stays as it is; of
+H(i), the local ones, the nearest are pushed hardest (Q), less a share tau_plus taken for i's own
+class (debiasing: m at p may be negative), down to a floor. Why: among neighbors fine semantics
+emerge, and collapse if they are treated like all else (local collapse).
+Known from abstract and figure: the split, a weighted local term, a falling threshold; from their
+code: quantile, schedules, warm-up, beta, tau_plus, floor; by us: Q, |H|, the positive in the sum.
 
     x1, x2 (N, 3, S, S)  ->  z (2N, D), normalized  ->  s = z z^T (2N, 2N)  ->  H (2N, 2N)  ->  loss
     l_i = log( sum_j m_ij e^{s_ij/tau} + c_i ) - s_ip/tau         p: the other view of i; m_ii = 0
 
-                            m at p                            m in G   m in H                 c
-    InfoNCE                 1                                 1        1                      0
-    DCL                     0                                 1        1                      0
-    HEX                     1 - |H| tau_plus / (1 - tau_plus) 1        Q_ij / (1 - tau_plus)  0
-    HEX, i at the floor     1                                 1        0                      |H| e^{-1/tau}
-    HEX, decoupled          1 less                            as HEX   as HEX                 as HEX
-    released (their code)   0                                 1        0                      0; G empty: 1
-                            and (2N - 2) e^{-1/tau} outside the log; the quantile sees i and p, too
+                      m at p                            m in G m in H                c
+    InfoNCE           1                                 1      1                     0
+    DCL               0                                 1      1                     0
+    HEX               1 - |H| tau_plus / (1 - tau_plus) 1      Q_ij / (1 - tau_plus) 0
+    HEX, at the floor 1                                 1      0                     |H| e^{-1/tau}
+    HEX, decoupled    1 less                            as HEX as HEX                as HEX
+    released by them  0                                 1      0                     0; G empty: 1
+                      and (2N - 2) e^{-1/tau} outside the log; the quantile sees i and p, too
 
-    eps   = mean over i of the q-quantile of s_ij, j in Neg(i)   Neg(i): all but i and p; no gradient
+    eps   = mean over i of the q-quantile of s_ij, j in Neg(i)  Neg(i): all but i and p; no gradient
     H(i)  = { j in Neg(i) : s_ij > eps },   G(i) = Neg(i) \\ H(i)
     Q_ij  = e^{beta s_ij/tau} / mean over h in H(i) of e^{beta s_ih/tau}    no gradient
     floor: [ sum_H Q_ih e^{s_ih/tau} - tau_plus |H| e^{s_ip/tau} ] / (1 - tau_plus) < |H| e^{-1/tau}
 
-Any method: (1 - alpha) own loss + alpha scale mean over its pairs (a, b) of F(a, b), F one of these.
+Any method: (1 - alpha) own + alpha scale mean over its pairs (a, b) of F(a, b), F one of these.
     python hex.py                                                    minutes on a CPU
     python hex.py --data cifar10 --root DIR --recipe small           one GPU, or minutes on a CPU
     torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR    paper scale
-    python hex.py --data folder --root DIR --recipe small            your own pictures, without labels, too
-In order: the loss (it can be copied out alone), methods, data, optimizer, evaluation, training, command line.
+    python hex.py --data folder --root DIR --recipe small            your own unlabelled pictures
+In order: the loss (can be copied out), methods, data, optimizer, evaluation, training, commands.
 """
 import contextlib
 import math
@@ -44,9 +44,9 @@ from torch.distributed import _functional_collectives as collectives
 
 # --- The HEX loss ---------------------------------------------------------------------------------
 def weighted_nce(cosine, s_p, weight, log_c, tau):
-    """The formula: l_i of each anchor, (n,). cosine, weight: s and m, (n, columns); s_p, log_c: (n,)."""
+    """The formula: l_i of each anchor, (n,). cosine, weight: s, m, (n, columns); s_p, log_c: (n,)."""
     e = cosine / tau
-    with torch.no_grad():                                      # e^{1/tau} may overflow: the largest is out
+    with torch.no_grad():                               # e^{1/tau} may overflow: the largest is out
         e.masked_fill_(weight == 0, -math.inf)
         top = torch.maximum(e.amax(1), log_c)
     e = e.sub_(top[:, None]).exp_()
@@ -54,29 +54,29 @@ def weighted_nce(cosine, s_p, weight, log_c, tau):
     return top + total.log() - s_p / tau
 
 def info_nce(a, b, temperature=0.1):
-    """InfoNCE (NT-Xent, Chen et al. 2020). a, b, ValueError: as hex_nce. Returns this rank's mean, scalar."""
+    """InfoNCE (NT-Xent, Chen et al. 2020). a, b, ValueError: as hex_nce. This rank's mean."""
     cosine, s_p, p, negative = similarities(a, b, temperature)
     weight = negative.to(cosine).scatter_(1, p[:, None], 1)
     return weighted_nce(cosine, s_p, weight, s_p.new_full((), -math.inf), temperature).mean()
 
 def dcl(a, b, temperature=0.1):
-    """Decoupled contrastive loss (Yeh et al. 2022): InfoNCE without the positive in the denominator."""
+    """Decoupled contrastive loss (Yeh et al. 2022): no positive in the denominator."""
     cosine, s_p, _, negative = similarities(a, b, temperature)
     return weighted_nce(cosine, s_p, negative.to(cosine), s_p.new_full((), -math.inf), temperature).mean()
 
 def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, decoupled=False, released=False,
             epoch=0):
-    """The HEX loss. a, b: (N / ranks, D), row-aligned, any scale. threshold: AdaptiveThreshold(0.99) if None;
+    """The HEX loss. a, b: (N / ranks, D), row-aligned, any scale. threshold: None, AdaptiveThreshold(0.99);
     another of these; or a number, H is above that cosine. decoupled: no positive in the denominator.
-    released: what the authors' public code computes. beta >= 0, tau_plus in [0, 1). Returns this rank's mean
-    loss (float32 or better) and detached scalars over the ranks: threshold, local (mean |H|), empty (share of
-    anchors with none), clamped (share of the others at the floor). ValueError: ranges, shapes, N < 2."""
+    released: as the authors' public code. beta >= 0, tau_plus in [0, 1). Returns this rank's mean loss
+    (float32 or better) and detached scalars over the ranks: threshold, local (mean |H|), empty (share
+    of anchors with none), clamped (of the others at the floor). ValueError: ranges, shapes, N < 2."""
     require(0 <= beta < math.inf, f"beta = {beta} must be at least 0, and finite")
     require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
     tau, outside = temperature, 0
     cosine, s_p, p, negative = similarities(a, b, tau)
     with torch.no_grad():
-        eps, above = split(cosine, negative | released, threshold, epoch)       # released: itself and p, too
+        eps, above = split(cosine, negative | released, threshold, epoch)       # released: i and p, too
         local = above & negative                                                # H(i)
         rest = negative & ~local                                                # G(i)
         size = local.sum(1, dtype=torch.int32).to(cosine)                       # |H(i)|
@@ -101,21 +101,21 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
     return loss, dict(threshold=eps, local=size, empty=none, clamped=clamped / (1 - none).clamp_min(1e-9))
 
 def similarities(a, b, temperature):
-    """s of this rank's 2N / ranks anchors with all 2N, in [-1, 1] (columns: every rank's a, every rank's b);
+    """s of this rank's 2N / ranks anchors with all 2N, in [-1, 1] (columns: all ranks' a, then b);
     s_ip and p(i) of each anchor; the mask of Neg(i), of s's shape."""
     r, W = ranks()
     shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
     require(a.ndim == 2 and a.shape == b.shape, f"a and b must be row-aligned (N, D), not {shapes}")
-    require(len(a) * W > 1, "N = 1: a contrastive loss needs 2 images, or an anchor has no negatives")
+    require(len(a) * W > 1, "N = 1: a contrastive loss needs 2 images, or there are no negatives")
     require(temperature > 0, f"temperature = {temperature} must be above 0")
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         length = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b)]
-        a, b = (x / torch.where(n > 1e-12, n, 1) for x, n in zip((a, b), length))   # a row of zeros stays
+        a, b = (x / torch.where(n > 1e-12, n, 1) for x, n in zip((a, b), length))   # 0 stays 0
         cosine = torch.cat([a, b]) @ torch.cat([gather(a), gather(b)]).T
         s_p = (a * b).sum(1).repeat(2)
     column = torch.arange(cosine.shape[1], device=a.device)
-    i = column[r * len(a):(r + 1) * len(a)]                     # of this rank's a; those of its b: N further
+    i = column[r * len(a):(r + 1) * len(a)]            # of this rank's a; those of its b: N further
     i, p = torch.cat([i, i + len(column) // 2]), torch.cat([i + len(column) // 2, i])
     return cosine, s_p, p, (i[:, None] != column) & (p[:, None] != column)
 
@@ -137,8 +137,8 @@ def local_mask(a, b, threshold=None, epoch=0):
     return eps, above & negative
 
 def adaptive_threshold(cosine, quantile=0.99, entries=None):
-    """eps: the mean over rows of each row's quantile, the one at round(q (k - 1)) of its k entries in order.
-    cosine: (rows, columns), -inf: no entry. entries: (rows,) each k, if known (a GPU need not wait then).
+    """eps: the mean over rows of each row's quantile, at round(q (k - 1)) of its k entries in order.
+    cosine: (rows, columns), -inf: no entry. entries: (rows,) each k, if known (a GPU needn't wait).
     Returns a scalar. ValueError: quantile outside (0, 1); a row of nothing but -inf."""
     require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
     if entries is None:
@@ -147,11 +147,11 @@ def adaptive_threshold(cosine, quantile=0.99, entries=None):
     cosine = cosine.detach().to(torch.promote_types(cosine.dtype, torch.float32))
     columns, k = cosine.shape[1], entries.double()
     largest = cosine.topk(columns - round(quantile * (columns - 1)), dim=1).values      # in order
-    from_top = k - 1 - (quantile * (k - 1)).round()                                     # 0: the largest
+    from_top = k - 1 - (quantile * (k - 1)).round()                                 # 0: the largest
     return largest.gather(1, from_top.long()[:, None]).mean()
 
 def AdaptiveThreshold(quantile=0.99):
-    """H: above the adaptive eps, the mean over all ranks' anchors (authors' code). ValueError: quantile."""
+    """H: above the adaptive eps, of all ranks' anchors (authors' code). ValueError: quantile."""
     require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
     def threshold(cosine, negative, epoch=0):
         seen, entries = cosine.masked_fill(~negative, -math.inf), negative.sum(1, dtype=torch.int32)
@@ -159,7 +159,7 @@ def AdaptiveThreshold(quantile=0.99):
         return eps, cosine > eps
     return threshold
 
-def schedule(at):   # H: above at(epoch), each row rescaled: 0 its minimum, 1 its maximum, itself (their code)
+def schedule(at):   # H: above at(epoch), each row rescaled: 0 its minimum, 1 itself (their code)
     def threshold(cosine, negative, epoch=0):
         low, high = cosine.aminmax(dim=1, keepdim=True)
         return cosine.new_full((), at(epoch)), (cosine - low) / (high - low) > at(epoch)
@@ -174,16 +174,16 @@ def CosineThreshold(start=0.9, end=0.3, epochs=100):
     return schedule(lambda epoch: end + (start - end) * (1 + math.cos(half * min(epoch, epochs))) / 2)
 
 def OracleHierarchy(labels):
-    """H: negatives of the same super-class. NOT self-supervised: our diagnostic. labels: (N / ranks,)."""
+    """H: negatives of one super-class. NOT self-supervised: our diagnostic. labels: (N / ranks,)."""
     def threshold(cosine, negative, epoch=0):
         mine, everyone = labels.repeat(2), gather(labels).repeat(2)
         require(cosine.shape == (len(mine), len(everyone)), f"labels: {len(labels)}, not one an image")
         return cosine.new_full((), math.nan), mine[:, None] == everyone
     return threshold
 
-def ranks():                # this process's number among the ranks that share a loss, and how many there are
+def ranks():       # this process's number among the ranks that share a loss, and how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not alone.on else (0, 1)
-class alone(contextlib.ContextDecorator):       # within, each rank computes whole losses by itself: no gather
+class alone(contextlib.ContextDecorator):       # within, each rank computes whole losses: no gather
     on = False
     def __init__(self, wanted=True):
         self.wanted = wanted
@@ -193,7 +193,7 @@ class alone(contextlib.ContextDecorator):       # within, each rank computes who
         alone.on = self.before
 
 def gather(x):
-    """Rows of all ranks, in rank order, with gradient. x: (M, ...) on each; returns (ranks M, ...)."""
+    """Rows of all ranks, in their order, with gradient. x: (M, ...) on each -> (ranks M, ...)."""
     if ranks()[1] == 1:
         return x
     return collectives.wait_tensor(collectives.all_gather_single(x.contiguous(), 0, dist.group.WORLD))
@@ -213,7 +213,7 @@ from tqdm import tqdm
 
 # --- SSL methods and the wrapper ------------------------------------------------------------------
 def mlp(*widths, norm=None, affine=None):
-    """Linear - norm - ReLU blocks and a last Linear. affine: of the norm behind it; None: there is none."""
+    """Linear - norm - ReLU blocks and a last Linear. affine: of the norm behind it; None: no norm."""
     layers, last = [], None if affine is None else partial(norm, affine=affine)
     for fan_in, fan_out, normalize in zip(widths, widths[1:], [norm] * (len(widths) - 2) + [last]):
         layers.append(nn.Linear(fan_in, fan_out, bias=normalize is None))
@@ -222,11 +222,11 @@ def mlp(*widths, norm=None, affine=None):
     return nn.Sequential(*layers[:-1])
 
 class Method(nn.Module):
-    """Base of the methods: a projector z, and where a method has them a predictor p and a target t. Its
-    loss(*embeddings), in float32, gives the own loss (scalar) and row-aligned pairs [(a, b), ...] for HEX.
-    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, with BatchNorm statistics of its own, which
-    follows backbone and projector; its momentum rises from ema to 1 by a cosine. alpha, scale: weight and
-    factor of HEX (alpha 1: no own loss). The training loop sets steps (of a run), losses (a step, a rank)."""
+    """Base of the methods: a projector z, and where a method has them a predictor p and a target t.
+    Its loss(*embeddings), in float32, gives the own loss and row-aligned pairs [(a, b), ...] for HEX.
+    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, with BatchNorm statistics of its own,
+    that follows backbone and projector; its momentum rises from ema to 1 by a cosine. alpha, scale:
+    of HEX (alpha 1: no own loss). The loop sets steps (of a run), losses (of a rank in a step)."""
     alpha, scale, steps, losses = 0.1, 1.0, None, 1
     def __init__(self, backbone, projector, predictor=None, ema=None, temperature=None):
         super().__init__()
@@ -237,18 +237,18 @@ class Method(nn.Module):
 
     def forward(self, x1, x2):
         """Two views (N, 3, S, S) -> [p1, p2,] z1, z2 [, t1, t2], each (N, dim)."""
-        x = torch.cat([x1, x2])             # in one pass: one BatchNorm batch, one use of the weights for DDP
+        x = torch.cat([x1, x2])   # in one pass: one BatchNorm batch, one use of the weights for DDP
         z = self.projector(self.backbone(x))
         outputs = [z] if self.predictor is None else [self.predictor(z), z]
         outputs += [] if self.target is None else [self.target(x)]
         return tuple(half for output in outputs for half in output.chunk(2))
 
-    def one_way_nce(self, a, b):    # InfoNCE of each a_i against every b_j alone; (N / ranks, D) each
-        logits = F.normalize(a) @ F.normalize(gather(b)).T / self.temperature           # (N / ranks, N)
+    def one_way_nce(self, a, b):  # InfoNCE of each a_i against every b_j alone; (N / ranks, D) each
+        logits = F.normalize(a) @ F.normalize(gather(b)).T / self.temperature       # (N / ranks, N)
         return F.cross_entropy(logits, ranks()[0] * len(a) + torch.arange(len(a), device=a.device))
 
     @torch.no_grad()
-    def after_step(self, step):     # EMA, queue: after an optimizer step that was taken; its number, from 1
+    def after_step(self, step):     # EMA, queue: after a step that was taken; its number, from 1
         if self.target is not None:
             done = step / self.steps if self.steps else 0
             momentum = 1 - (1 - self.ema) * (math.cos(math.pi * done) + 1) / 2
@@ -271,14 +271,14 @@ class NNCLR(Method):
         super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, affine=True),
                          mlp(dim, predictor, dim, norm=norm), temperature=temperature)
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim)))
-        self.register_buffer("head", torch.zeros((), dtype=torch.long))                 # where the next go
+        self.register_buffer("head", torch.zeros((), dtype=torch.long))          # where the next go
     def loss(self, p1, p2, z1, z2):
         self.latest = [*self.latest, z1.detach()][-self.losses:] if self.training else self.latest
         near1, near2 = (self.queue[(F.normalize(z.detach()) @ self.queue.T).argmax(1)] for z in (z1, z2))
         pairs = [(near1, p2), (near2, p1)]
         return sum(self.one_way_nce(a, b) for a, b in pairs) / 2, pairs
-    def after_step(self, step):     # pushes the z1 of the step's losses, of all ranks: their queues are equal
-        z = gather(torch.stack(self.latest)).unflatten(0, (-1, len(self.latest)))   # (ranks, losses, B, dim)
+    def after_step(self, step):     # pushes z1 of all losses and ranks: queues are equal
+        z = gather(torch.stack(self.latest)).unflatten(0, (-1, len(self.latest)))   # (W, losses, B, dim)
         z = F.normalize(z.transpose(0, 1).flatten(0, 2)).to(self.queue.dtype)[-len(self.queue):]
         self.queue[(self.head + torch.arange(len(z), device=z.device)) % len(self.queue)] = z
         self.head.copy_((self.head + len(z)) % len(self.queue))
@@ -313,7 +313,7 @@ class SimSiam(Method):
         return -sum(F.cosine_similarity(p, z).mean() for p, z in pairs) / 2, [(z1, z2)]
 
 class BarlowTwins(Method):
-    """Zbontar et al. 2021, over all ranks. Off the diagonal times 0.0051, in all 0.1, as HEX's authors do."""
+    """Zbontar et al. 2021, over all ranks; off-diagonal x 0.0051, in all x 0.1, as HEX's authors."""
     def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
         super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm))
     def loss(self, z1, z2):
@@ -323,7 +323,7 @@ class BarlowTwins(Method):
         return 0.1 * ((c.diagonal() - 1).square().sum() + 0.0051 * off_diagonal), [(z1, z2)]
 
 class VICReg(BarlowTwins):
-    """Bardes et al. 2022, over all ranks; summed over the views (the official code halves the variance)."""
+    """Bardes et al. 2022, over all ranks; summed over views (the official code halves variance)."""
     scale = 5.0
     def loss(self, z1, z2):
         a, b = gather(z1), gather(z2)                                                   # (N, dim)
@@ -340,9 +340,9 @@ LOSSES = ("base", "infonce", "dcl", "hex", "released")
 
 class HEX(nn.Module):
     """The wrapper: loss = (1 - alpha) own + alpha scale mean over pairs of F(a, b), F by `loss`.
-    method: a Method, or any module with its forward and loss (after_step is optional). alpha, scale: the
-    method's, else 0.1 and 1. For `warmup` epochs the own loss is alone; with a warmup_threshold, F with H
-    above it. of_hex: to hex_nce. ValueError: unknown loss; bare tensor from forward; loss without pairs."""
+    method: a Method, or any module with its forward and loss (after_step is optional). alpha, scale:
+    the method's, else 0.1 and 1. For `warmup` epochs the own loss is alone; with a warmup_threshold,
+    F with H above it. of_hex: to hex_nce. ValueError: unknown loss; bare tensor; no pairs."""
     def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1, threshold=None,
                  warmup=0, warmup_threshold=None, **of_hex):
         super().__init__()
@@ -367,7 +367,7 @@ class HEX(nn.Module):
             stats, early = {"own": loss.detach()}, epoch < self.warmup
             if self.name != "base" and not (early and self.warmup_threshold is None):
                 require(pairs, f"loss = {self.name!r} needs pairs (a, b), and the method's loss gave none")
-                loss = 0 if self.alpha == 1 else (1 - self.alpha) * loss    # 0 frees the own loss's graph
+                loss = 0 if self.alpha == 1 else (1 - self.alpha) * loss    # 0 frees its graph
                 above = self.warmup_threshold if early else self.threshold if threshold is None else threshold
                 more = dict(threshold=above, epoch=epoch) if self.name in ("hex", "released") else {}
                 terms = [self.term(a, b, self.temperature, **more) for a, b in pairs]
@@ -375,7 +375,7 @@ class HEX(nn.Module):
                 loss = loss + self.alpha * self.scale * sum(values) / len(pairs)
                 stats |= {key: sum(of_pair[key] for of_pair in each) / len(pairs) for key in each[0]}
                 stats[self.name] = sum(values).detach() / len(pairs)
-            return loss + sum(0 * e.sum() for e in embeddings if e.requires_grad), stats # DDP: all take part
+            return loss + sum(0 * e.sum() for e in embeddings if e.requires_grad), stats  # DDP: all
 
 class UserError(Exception):         # what a run met, and the user can mend: one line that says how
     status = 1                      # the exit status
@@ -384,7 +384,7 @@ def group_norm(channels, affine=True):          # 16 channels a group where they
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, affine=affine)
 
 def resnet10_narrow(norm_layer=nn.BatchNorm2d):
-    """ResNet-10, 16 to 128 channels, for a CPU. SiLU: no kinks, by which rounding would tell ranks apart."""
+    """ResNet-10, 16 to 128 channels, for a CPU. SiLU: at a kink rounding would tell ranks apart."""
     layers = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), norm_layer(16), nn.SiLU()]
     for fan_in, fan_out, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 128, 2)):
         skip = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), norm_layer(fan_out))
@@ -394,8 +394,8 @@ def resnet10_narrow(norm_layer=nn.BatchNorm2d):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1000))
 
 def build_backbone(name, size=224, norm="batch"):
-    """-> a torchvision classifier (or resnet10_narrow) without last Linear, its features. UserError."""
-    if name == "pixels":                                        # the raw pixels, to hold a probe against
+    """-> a torchvision model (or resnet10_narrow) without last Linear, its features. UserError."""
+    if name == "pixels":                                   # the raw pixels, to hold a probe against
         return nn.Flatten(), 3 * size * size
     known = ["resnet10_narrow", *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
@@ -409,7 +409,7 @@ def build_backbone(name, size=224, norm="batch"):
         require(linear, "it has no Linear classifier to remove")
         width = model.get_submodule(linear[-1]).in_features
         model.set_submodule(linear[-1], nn.Identity())
-        if isinstance(model, torchvision.models.ResNet) and size <= 64:     # a 3x3 stem without max-pool
+        if isinstance(model, torchvision.models.ResNet) and size <= 64:     # a 3x3 stem, no max-pool
             model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         shape = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size)).shape
@@ -421,7 +421,7 @@ def build_backbone(name, size=224, norm="batch"):
 # --- Data and augmentation ------------------------------------------------------------------------
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
             "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}             # and for all other data
+            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}     # and for all other data
 
 def rng_of(*key):       # a random generator that depends on the key alone
     return random.Random(" ".join(map(str, key)))
@@ -438,7 +438,7 @@ class Pictures:
         return self.pictures.numpy().tobytes() + self.targets.numpy().tobytes()
 
 class Folder:
-    """ROOT/<class>/**, or unlabelled ROOT/**: all files but hidden (.name, .folder/). only: the classes."""
+    """ROOT/<class>/**, or unlabelled ROOT/**: files not hidden (.name, .folder/). only: the classes."""
     def __init__(self, root, labelled=True, only=None):
         def unreadable(error):
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that") from error
@@ -457,13 +457,13 @@ class Folder:
     def __len__(self):
         return len(self.files)
     def read(self, index):
-        """(3, H, W) uint8, upright. JPEG by torchvision, the faster; its PNG decoder may crash. UserError."""
+        """(3, H, W) uint8, upright. JPEG by torchvision, faster; its PNG decoder may crash. UserError."""
         path = os.path.join(self.root, self.files[index])
         try:
             require(os.path.isfile(path), "no regular file")
             with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
                 data = file.read()
-                picture = Image.open(io.BytesIO(data))              # refuses what would fill the memory
+                picture = Image.open(io.BytesIO(data))          # refuses what would fill the memory
                 if data[:2] == b"\xff\xd8":
                     data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                     return torchvision.io.decode_jpeg(data, mode="RGB", apply_exif_orientation=True)
@@ -478,31 +478,31 @@ class Folder:
         return os.fsencode("\0".join([*self.classes, "", *self.files]))
 
 def draw_shapes(count, seed):
-    """`count` 32x32 pictures: polygon, star, flower, frame (coarse label) of 3, 4, 6 corners (fine label)."""
+    """32x32 pictures: polygon, star, flower, frame (coarse label) of 3, 4, 6 corners (fine label)."""
     g, kind = torch.Generator().manual_seed(seed), torch.arange(count) % 12
     family, corners = kind // 3, torch.tensor([3.0, 4.0, 6.0])[kind % 3, None, None]
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=g)
-    axis = torch.linspace(-1, 1, 64)                                        # drawn at 64 pixels, halved below
+    axis = torch.linspace(-1, 1, 64)                              # drawn at 64 pixels, halved below
     x, y = (axis.view(shape) - uniform(-0.2, 0.2, 1, 1) for shape in ((1, 1, -1), (1, -1, 1)))
     radius = torch.hypot(x, y) / uniform(0.5, 0.8, 1, 1)
     angle = torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
-    half = math.pi / corners                                                # half the angle of a sector
-    phi = (angle % (2 * half) - half).abs()                                 # 0 between corners, `half` at one
+    half = math.pi / corners                                            # half the angle of a sector
+    phi = (angle % (2 * half) - half).abs()                       # 0 between corners, `half` at one
     polygon, flower = half.cos() / phi.cos(), 0.65 - 0.35 * (corners * angle).cos()
-    star = 0.4 * half.sin() / (0.4 * phi.sin() + (half - phi).sin())        # straight from corner to notch
+    star = 0.4 * half.sin() / (0.4 * phi.sin() + (half - phi).sin())        # from corner to notch
     edge = torch.stack([polygon, star, flower, polygon])[family, torch.arange(count)]
     hole = (family == 3)[:, None, None] & (radius < 0.6 * edge)
     inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)    # (count, 1, 32, 32)
-    dark, bright = uniform(0, 0.35, 3, 1, 1), uniform(0.65, 1, 3, 1, 1)     # seen without color, too
+    dark, bright = uniform(0, 0.35, 3, 1, 1), uniform(0.65, 1, 3, 1, 1)    # seen without color, too
     swap = uniform(0, 1, 1, 1, 1) < 0.5
     back, ink = torch.where(swap, dark, bright), torch.where(swap, bright, dark)
     ramp = uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
     return Pictures((255 * torch.lerp(back + ramp, ink, inside).clamp(0, 1)).byte(), kind, family)
 
 def load_data(cfg):
-    """-> train, val or None. Each has len, read(index), targets or None, coarse, identity() of its content.
-    CIFAR: the first process of a machine downloads it. UserError: pictures or classes are missing."""
+    """-> train, val or None. Each has len, read(index), targets or None, coarse, identity().
+    CIFAR: a machine's first process downloads it. UserError: pictures or classes are missing."""
     if cfg.data == "shapes":
         return draw_shapes(4096, 0), draw_shapes(1024, 1)
     if cfg.data in ("cifar10", "cifar100"):
@@ -543,8 +543,8 @@ def load_data(cfg):
     return train, val
 
 class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8) for `augment`, index, index read:
-    a function of (seed, epoch, index, view). views=0: a centre crop. color=False: no jitter or grayscale."""
+    """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8) for `augment`, index, the
+    one read: a function of (seed, epoch, index, view). views=0: a centre crop. color: jitter, gray."""
     def __init__(self, pictures, cfg, *, views=2, seed=None, color=True):
         self.pictures, self.cfg, self.views, self.color = pictures, cfg, views, color
         self.seed = cfg.seed if seed is None else seed
@@ -565,12 +565,12 @@ class Views(torch.utils.data.Dataset):
         size = [self.cfg.size] * 2
         crops = [TF.resize(crop, size, TF.InterpolationMode.BICUBIC, antialias=True) for crop in crops]
         return torch.stack(crops), torch.tensor(parameters, dtype=torch.float32), key[1], used
-    def centre(self, picture):      # the usual test crop, 224 of 256, cut before it is resized; small: whole
+    def centre(self, picture):      # the usual test crop, 224 of 256, cut before resizing; small: whole
         side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
         return TF.center_crop(picture, [side, side]), [0, 1, 1, 1, 0, 0, 0, 0]
     @staticmethod
     def random_crop(rng, height, width, smallest):
-        """Inception's crop -> top, left, height, width: share smallest to 1, ratio 3/4 to 4/3, 10 tries."""
+        """Inception's crop -> top, left, height, width: share to 1, ratio 3/4 to 4/3, 10 tries."""
         for _ in range(10):
             area = height * width * rng.uniform(smallest, 1)
             ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -588,7 +588,7 @@ class Views(torch.utils.data.Dataset):
         factors = [1 + brightness, 1 + contrast, 1 + saturation, hue]
         return TF.crop(picture, *box), [flip < 0.5, *factors, gray, sigma, solarize < cfg.solarize[number]]
 
-def shift_hue(x, shift):    # x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns of the color circle
+def shift_hue(x, shift):    # x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns
     value, chroma, (r, g, b) = x.amax(1), x.amax(1) - x.amin(1), x.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
     sixth = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
@@ -601,11 +601,11 @@ def gaussian_blur(x, sigma, kernel=13):     # x: (B, C, H, W); sigma: (B,), at m
     offset = torch.arange(kernel, device=x.device) - kernel // 2
     weight = (-(offset / sigma.clamp_min(1e-4)[:, None]).square() / 2).softmax(1).repeat_interleave(C, 0)
     x = F.pad(x.reshape(1, B * C, H, W), [kernel // 2] * 4, mode="reflect")
-    x = F.conv2d(x, weight[:, None, :, None], groups=B * C)                         # weight: (B C, kernel)
+    x = F.conv2d(x, weight[:, None, :, None], groups=B * C)                  # weight: (B C, kernel)
     return F.conv2d(x, weight[:, None, None, :], groups=B * C).view(B, C, H, W)
 
 def augment(crops, parameters, mean_std=MEAN_STD["imagenet"], *, color=True, blur=False, solarize=False):
-    """Crops (B, 3, S, S) uint8, parameters (B, 8) -> normalized float views, the whole batch at once."""
+    """Crops (B, 3, S, S) uint8, parameters (B, 8) -> normalized float views, all at once."""
     flip, brightness, contrast, saturation, hue, gray, sigma, invert = parameters.T[..., None, None, None]
     x = torch.where(flip > 0, crops.flip(-1), crops).float() / 255
     if color:
@@ -625,9 +625,9 @@ def prepare(crops, parameters, cfg, color=True):    # -> (views B, 3, S, S) on t
                    blur=color and max(cfg.blur) > 0, solarize=color and max(cfg.solarize) > 0)
 
 def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=False):
-    """This rank's batches, lists of (epoch, index), from batch `start` of the run to the end of its epochs.
-    Batch k of an epoch is order[k size : (k + 1) size]; the order is of (key, epoch) alone; batches beyond a
-    multiple of `group` are dropped. part: (r, W), rank r of W gets its share of each; whole: k mod W = r."""
+    """This rank's batches, lists of (epoch, index), from batch `start` of the run to its end. Batch k of
+    an epoch is order[k size : (k + 1) size]; the order is of (key, epoch) alone; those beyond a multiple
+    of `group` are dropped. part: (r, W), rank r of W gets its share of each; whole: k mod W = r."""
     count, (r, W) = len(indices) // size // group * group, part
     low, high = (0, size) if whole else (r * size // W, (r + 1) * size // W)
     for number in range(start, epochs * count):
@@ -637,17 +637,17 @@ def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=Fa
         if not whole or k % W == r:
             yield [(epoch, i) for i in order[k * size + low:k * size + high]]
 
-def leave_signals_to_the_run(_):        # in a loader process, which must not stop before the run's step ends
+def leave_signals_to_the_run(_):        # in a loader, which must not stop before a step ends
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
-def loader(views, batches, workers):    # spawned: a fork beside threads (autograd's, gloo's) may never return
+def loader(views, batches, workers):    # spawned: a fork beside threads (gloo's) may never return
     return torch.utils.data.DataLoader(
         views, batch_sampler=batches, num_workers=workers, pin_memory=views.cfg.device == "cuda",
         worker_init_fn=leave_signals_to_the_run, multiprocessing_context="spawn" if workers else None)
 
 # --- Optimizer and schedule -----------------------------------------------------------------------
 class LARS(torch.optim.Optimizer):
-    """You et al. 2017: rate lr f, clip: min(lr, f), f = eta |w| / (|g| + decay |w|); biases, norms: lr."""
+    """You et al. 2017: lr f, clip: min(lr, f), f = eta |w| / (|g| + decay |w|); biases, norms: lr."""
     def __init__(self, params, lr, *, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip=clip)
         super().__init__(params, defaults)
@@ -668,7 +668,7 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(lr * self.state[p]["momentum"].mul_(group["momentum"]).add_(grad))
         return loss
 
-def learning_rate(step, total, warmup, peak):   # step: from 0; linear to peak, half a cosine to 0 at total
+def learning_rate(step, total, warmup, peak):   # step: from 0; linear to peak, half a cosine to 0
     falling = (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
     return peak * ((step + 1) / warmup if step < warmup else falling)
 
@@ -679,7 +679,7 @@ def autocast(cfg):
 
 @torch.no_grad()
 def features(backbone, pictures, indices, cfg):
-    """Of centre crops -> (n, width) float32, and their indices; no bad files. UserError: not finite."""
+    """Of centre crops -> (n, width) float32, their indices; no bad files. UserError: not finite."""
     parts, rows, read = [[(0, i) for i in part.tolist()] for part in indices.split(256)], [], []
     for *batch, _, used in loader(Views(pictures, cfg, views=0), parts, cfg.workers * (len(parts) > 16)):
         with autocast(cfg):
@@ -687,11 +687,11 @@ def features(backbone, pictures, indices, cfg):
         read.append(used)
     rows, good = torch.cat(rows), torch.cat(read) == indices
     if not rows.isfinite().all():
-        raise UserError("features are not finite: give another --probe, or a lower --lr and another --out")
+        raise UserError("features are not finite: give another --probe, or a lower --lr and new --out")
     return rows[good.to(rows.device)], indices[good]
 
 def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
-    """k-NN by cosine, votes weighted by e^{s/0.07} (Wu et al. 2018) -> (n,) bool: which queries are right."""
+    """k-NN by cosine, votes weighted by e^{s/0.07} (Wu et al. 2018) -> (n,) bool: which are right."""
     bank, labels, right = F.normalize(bank), labels.to(bank.device), []
     for rows, answers in zip(F.normalize(queries).split(256), truth.to(bank.device).split(256)):
         near, index = (rows @ bank.T).topk(min(k, len(bank)))
@@ -703,19 +703,19 @@ def place_in_class(targets):    # for each entry: how many of its class stand be
     order, counts = targets.argsort(stable=True), targets.bincount()
     place = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
     return torch.empty_like(targets).scatter_(0, order, place)
-def labelled_pictures(cfg, targets):    # whose labels the probe may see, indices: all or a balanced share
+def labelled_pictures(cfg, targets):    # indices of labels the probe may see: all or a balanced share
     classes, total = int(targets.max()) + 1, round(cfg.label_fraction * len(targets))
     if total < classes:
         least = math.ceil(1e4 * classes / len(targets)) / 1e4
         fail(f"--label-fraction {cfg.label_fraction}: fewer labels than classes; give {least} or more")
     order = permutation(len(targets), "labels")
     turn = place_in_class(targets[order]) * classes + permutation(classes, "labels")[targets[order]]
-    return order[turn.argsort()[:total]].sort().values          # in turn, one of each class that has more
+    return order[turn.argsort()[:total]].sort().values    # in turn, one of each class that has more
 
 def linear_probe(backbone, cfg, train, val):
-    """The linear probe and k-NN on a frozen backbone -> what probe.json holds; accuracies in percent. Heads
-    of nine rates are trained (SGD, batch 256, decay 1e-5, a tenth at 60 % and 80 %: the authors' probe) on
-    stored features of centre crops, or for ImageNet on crops and flips. The best on a tenth of the labelled
+    """The linear probe and k-NN on a frozen backbone -> what probe.json holds; accuracies in percent.
+    Heads of nine rates are trained (SGD, batch 256, decay 1e-5, a tenth at 60, 80 %: the authors') on
+    stored features of centre crops, for ImageNet on crops and flips. The best on a tenth of the labelled
     train pictures, which none was trained on, is run on val."""
     (r, W), epochs, classes = ranks(), cfg.probe_epochs, int(train.targets.max()) + 1
     backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -726,7 +726,7 @@ def linear_probe(backbone, cfg, train, val):
     fit, hold = labelled[~held], labelled[held] if held.any() else labelled
     x_val, i_val = features(backbone, val, torch.arange(len(val)), cfg)
     x_hold, i_hold = features(backbone, train, hold, cfg)
-    x_fit, i_fit = features(backbone, train, fit[:262144], cfg)                # what fits into a GPU's memory
+    x_fit, i_fit = features(backbone, train, fit[:262144], cfg)      # what fits into a GPU's memory
     y_val = val.targets[i_val].to(cfg.device)
     y_hold, y_fit = train.targets[i_hold].to(cfg.device), train.targets[i_fit].to(cfg.device)
     cached = cfg.data != "imagenet"
@@ -735,7 +735,7 @@ def linear_probe(backbone, cfg, train, val):
     lists = partial(batches, rows, size, cfg.seed, "probe", epochs=epochs, part=(r, W))
     source = None if cached else iter(loader(Views(train, cfg, views=1, color=False), lists(), cfg.workers))
     torch.manual_seed(cfg.seed)
-    rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)     # of heads that are trained side by side
+    rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)     # of heads side by side
     heads = nn.ModuleList(nn.Linear(x_fit.shape[1], classes) for _ in rates).to(cfg.device)
     optimizer = torch.optim.SGD([dict(params=h.parameters()) for h in heads], momentum=0.9, weight_decay=1e-5)
     for keys in tqdm(lists(), "probe", epochs * (len(rows) // size), disable=process()[0] > 0, leave=False):
@@ -755,7 +755,7 @@ def linear_probe(backbone, cfg, train, val):
             p.grad = mean_over_ranks(p.grad)
         optimizer.step()
     @torch.no_grad()
-    def right(head, x, y, k=1):                                 # (n,) bool: the truth is among the k largest
+    def right(head, x, y, k=1):                        # (n,) bool: the truth is among the k largest
         parts = zip(x.split(4096), y.split(4096))
         return torch.cat([(head(x).topk(min(k, classes)).indices == y[:, None]).any(1) for x, y in parts])
     def percent(right):
@@ -767,10 +767,10 @@ def linear_probe(backbone, cfg, train, val):
     return dict(top1=percent(top1), top5=percent(right(heads[best], x_val, y_val, 5)), knn=percent(knn),
                 rate=rates[best], holdout=dict(zip(map(str, rates), holdout)), epochs=epochs,
                 train=len(rows), held_out=int(held.sum()), val=len(y_val), knn_bank=len(y_fit),
-                right=digits[0], knn_right=digits[1])           # which val pictures were right, a digit each
+                right=digits[0], knn_right=digits[1])  # which val pictures were right, a digit each
 
 @torch.no_grad()
-def emergence(model, cfg, train, val, picture=None):    # -> scalars, of fixed pictures; labels: to log alone
+def emergence(model, cfg, train, val, picture=None):    # -> scalars, of fixed pictures
     model.eval()
     fixed = [(0, i) for i in permutation(len(train), "fixed")[:256].tolist()]
     crops, parameters, _, i = next(iter(loader(Views(train, cfg, seed="fixed"), [fixed], 0)))
@@ -787,12 +787,12 @@ def emergence(model, cfg, train, val, picture=None):    # -> scalars, of fixed p
             out["chance" + name] = same[i[:, None] != i].double().mean()
     x, i_train = features(model.method.backbone, train, permutation(len(train), "subset")[:2048], cfg)
     p = torch.linalg.svdvals(x)
-    out["rankme"] = torch.special.entr(p / p.sum() + 1e-7).sum().exp()                  # Garrido et al. 2023
+    out["rankme"] = torch.special.entr(p / p.sum() + 1e-7).sum().exp()         # Garrido et al. 2023
     if val and train.targets is not None:
         x_val, i_val = features(model.method.backbone, val, permutation(len(val), "subset")[:512], cfg)
         right = nearest_neighbors(x, train.targets[i_train], x_val, val.targets[i_val])
         out["knn"] = 100 * right.double().mean()
-    if picture and process()[0] == 0:       # a row: a picture in a frame, then its H(i), the nearest first
+    if picture and process()[0] == 0:       # a row: a picture, framed, then its H(i), nearest first
         views, cosine, grid, zoom = Views(train, cfg, views=0), (z @ z.T).cpu(), [], max(1, 64 // cfg.size)
         for anchor in range(min(8, len(i) // 2)):
             order = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
@@ -805,21 +805,21 @@ def emergence(model, cfg, train, val, picture=None):    # -> scalars, of fixed p
     return {key: value.item() for key, value in out.items()}
 
 # --- Pre-training ---------------------------------------------------------------------------------
-def write(path, fill):      # atomically: a reader, or a resumed run, finds the old file or the new one
+def write(path, fill):   # atomically: a reader, or a resumed run, finds the old file or the new one
     aside = path + ".tmp"
     try:
         if os.path.lexists(aside):
-            os.remove(aside)                                    # a link of that name is not followed
+            os.remove(aside)                                   # a link of that name is not followed
         with open(aside, "xb") as file:
             fill(file)
             os.fsync(file.flush() or file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:                    # RuntimeError: torch.save's, on a full disk
+    except (OSError, RuntimeError) as error:            # RuntimeError: torch.save's, on a full disk
         if os.path.isfile(aside):
             os.remove(aside)
         raise UserError(f"{path}: cannot be written ({error}): make room, then repeat") from error
 
-def read(path, reader, remedy):     # -> reader(open file); UserError, with the remedy: unreadable, malformed
+def read(path, reader, remedy):     # -> reader(open file); UserError: unreadable, malformed
     try:
         with open(path, "rb") as file:
             return reader(file)
@@ -827,7 +827,7 @@ def read(path, reader, remedy):     # -> reader(open file); UserError, with the 
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        lost = isinstance(error, (OSError, MemoryError)) or "memory" in reason      # not the file's fault
+        lost = isinstance(error, (OSError, MemoryError)) or "memory" in reason      # not its fault
         raise UserError(f"{path}: cannot be read ({reason}); {'mend that' if lost else remedy}") from error
 
 def fingerprint(*parts):    # SHA-256 of bytes, of the tensors of a module, or of what JSON can hold
@@ -847,13 +847,13 @@ def agree(content, cfg, what):      # UserError unless all ranks hold the same c
 
 @contextlib.contextmanager
 def signals_counted():
-    """Yields when they came; another ends all. By a thread: Python's own handlers wait for system calls."""
+    """Yields when they came; another ends all. A thread: Python's handlers wait for system calls."""
     came, (end, start) = [], os.pipe()
     signals = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-               if signal.getsignal(each) != signal.SIG_IGN]                    # as SIGHUP is, under nohup
+               if signal.getsignal(each) != signal.SIG_IGN]              # as SIGHUP is, under nohup
     def listen():
         while number := os.read(end, 1):
-            came.extend([time.monotonic()] * (number[0] in signals))            # not the loader's SIGCHLD
+            came.extend([time.monotonic()] * (number[0] in signals))      # not the loader's SIGCHLD
             if came and came[-1] > came[0] + 3:     # sooner: the same, sent to a whole job, and torchrun's
                 os._exit(75)
     os.set_blocking(start, False)
@@ -863,7 +863,7 @@ def signals_counted():
     try:
         yield came
     except (RuntimeError, EOFError, OSError) as error:
-        raise (KeyboardInterrupt if came else error) from error # it went to a loader process or rank as well
+        raise (KeyboardInterrupt if came else error) from error  # it hit a loader or rank, too
     finally:
         for each, handler in before:
             signal.signal(each, handler)
@@ -887,11 +887,11 @@ def build_model(cfg):       # the wrapped method on the CPU; its weights are a f
     return HEX(method, cfg.loss, threshold=threshold, warmup=cfg.hex_warmup, **of_hex)
 
 def pretrain(model, cfg, train, val, out, identity):
-    """Trains, resumes, logs; leaves checkpoint.pt, metrics.jsonl, pictures in `out`. Returns the backbone."""
+    """Trains, resumes, logs; leaves checkpoint.pt, metrics.jsonl, pictures in `out`. -> the backbone."""
     r, W, _ = process()
-    whole = cfg.accumulate % W == 0           # each rank computes whole losses by itself; or its part of each
-    losses = cfg.accumulate // W if whole else cfg.accumulate                   # of this rank, in a step
-    images = cfg.batch_size * cfg.accumulate                                    # in a step, of all ranks
+    whole = cfg.accumulate % W == 0           # each rank computes whole losses; or its part of each
+    losses = cfg.accumulate // W if whole else cfg.accumulate              # of this rank, in a step
+    images = cfg.batch_size * cfg.accumulate                               # in a step, of all ranks
     per_epoch, total, peak = len(train) // images, cfg.epochs * (len(train) // images), cfg.lr * images / 256
     model.to(cfg.device, memory_format=torch.channels_last).train()
     if W > 1 and not whole and cfg.device == "cuda":
@@ -906,7 +906,7 @@ def pretrain(model, cfg, train, val, out, identity):
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)               # of a checkpoint
     def restore(file):
-        state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code from the file
+        state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code in it
         if state["identity"] != identity:
             raise UserError(f"{checkpoint}: is of another experiment, or of other data; give another --out")
         for name, part in parts.items():
@@ -916,39 +916,39 @@ def pretrain(model, cfg, train, val, out, identity):
     done, logged = read(checkpoint, restore, again) if os.path.exists(checkpoint) else (0, 0)
     agree(done, cfg, "checkpoints")
     log = open(os.path.join(out, "metrics.jsonl"), "ab") if r == 0 else io.BytesIO()
-    log.seek(log.truncate(logged))                              # what came after the checkpoint comes again
+    log.seek(log.truncate(logged))                      # what came after the checkpoint comes again
     order = batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", epochs=cfg.epochs,
                     start=done * cfg.accumulate, group=cfg.accumulate, part=(r, W), whole=whole)
     source = iter(loader(Views(train, cfg), order, cfg.workers))
     def note(**event):
-        event = {key: None if value != value else value for key, value in event.items()}    # NaN is no JSON
+        event = {key: None if value != value else value for key, value in event.items()}    # NaN: null
         log.write(json.dumps(event).encode() + b"\n")
         log.flush()
-    def describe(step):     # what has emerged: logged and printed; at the start and at the end a picture, too
+    def describe(step):     # what has emerged, to log and screen; first and last a picture, too
         epoch, names = step // max(1, per_epoch), {0: "neighbours_early.png", total: "neighbours.png"}
         with alone():
             found = emergence(model, cfg, train, val, step in names and os.path.join(out, names[step]))
         note(event="epoch", step=step, epoch=epoch, **found)
         announce(f"epoch {epoch}/{cfg.epochs}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
-        if found["std"] < min(0.1, figures.get("std", 0)):          # low, and falling: at the start it is low
+        if found["std"] < min(0.1, figures.get("std", 0)):          # at the start it is low, too
             announce(f"warning: the embeddings collapse (std {found['std']:.3f} of 1): lower --lr")
         return found
     since, first, waited, scale, figures = time.perf_counter(), done, 0.0, scaler.get_scale(), {}
     with signals_counted() as signals, tqdm(total=total, initial=done, disable=r > 0, unit="step") as bar:
         figures = figures if done else describe(0)
         for step in range(done + 1, total + 1):
-            epoch, logs = (step - 1) // per_epoch, []                           # loss and stats of each loss
+            epoch, logs = (step - 1) // per_epoch, []                  # loss and stats of each loss
             lr = learning_rate(step - 1, total, cfg.lr_warmup * per_epoch, peak)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
             for k in range(losses):
                 asked = time.perf_counter()
-                crops, parameters, _, used = next(source)                       # (B, 2, 3, S, S), (B, 2, 8)
+                crops, parameters, _, used = next(source)               # (B, 2, 3, S, S), (B, 2, 8)
                 waited += time.perf_counter() - asked
                 x1, x2 = prepare(crops, parameters, cfg).chunk(2)
                 torch.manual_seed(rng_of(cfg.seed, "step", step, k * W + r).getrandbits(63))        # dropout
                 oracle = cfg.threshold == "oracle" and OracleHierarchy(train.coarse[used].to(cfg.device))
-                alike = k == losses - 1 or W == 1                               # DDP averages gradients
+                alike = k == losses - 1 or W == 1                           # DDP averages gradients
                 with alone(whole), contextlib.nullcontext() if alike else ddp.no_sync():
                     with autocast(cfg):
                         embeddings = ddp(x1, x2)
@@ -956,19 +956,19 @@ def pretrain(model, cfg, train, val, out, identity):
                     scaler.scale(loss / losses).backward()
                 logs.append(dict(loss=loss.detach(), **stats))
             finite = torch.stack([values["loss"] for values in logs]).isfinite().all()
-            if cfg.amp != "fp16":                                           # there, the scaler skips the step
+            if cfg.amp != "fp16":                                 # there, the scaler skips the step
                 finite &= nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).isfinite()
             flags = mean_over_ranks(torch.stack([~finite, torch.full_like(finite, bool(signals))]).float())
-            broken, stop = (flag > 0 for flag in flags.tolist())            # the host waits here, once a step
+            broken, stop = (flag > 0 for flag in flags.tolist())  # the host waits here, once a step
             if broken or scale < 1e-9:
                 raise UserError(f"step {step}: the loss or its gradient is not finite; checkpoint.pt is "
                                 "intact: lower --lr and give another --out")
             scaler.step(optimizer)
             scaler.update()
             before, scale = scale, scaler.get_scale()
-            if scale >= before:                                             # one that fell: a skipped step
+            if scale >= before:                                      # one that fell: a skipped step
                 model.after_step(step)
-            if W > 1 and statistics:              # BatchNorm's running ones: the ranks' mean, alike on all
+            if W > 1 and statistics:       # BatchNorm's running ones: the ranks' mean, alike on all
                 mean = mean_over_ranks(torch.cat(statistics))
                 torch._foreach_copy_(statistics, list(mean.split([len(each) for each in statistics])))
             if step % cfg.log_every == 0 or step == total:
@@ -987,15 +987,15 @@ def pretrain(model, cfg, train, val, out, identity):
                 state |= dict(step=step, logged=log.tell(), identity=identity)
                 write(checkpoint, partial(torch.save, state))
             if stop:
-                agree(step, cfg, "steps")               # waits for the checkpoint: torchrun ends all with one
+                agree(step, cfg, "steps")     # waits for the checkpoint: torchrun ends all with one
                 raise KeyboardInterrupt
     log.close()
     return model.method.backbone
 
 # --- Config and recipes ---------------------------------------------------------------------------
-HEADS = ("hidden", "dim", "predictor", "queue", "ema")                          # arguments of a Method
+HEADS = ("hidden", "dim", "predictor", "queue", "ema")                       # arguments of a Method
 COUNT, POSITIVE, SHARE, REAL = (int, 0, 2**31), (int, 1, 2**31), (float, 0, 1), (float, 0, 1e6)
-OPTIONS = dict(     # name: default (None: the recipe's or the machine's), what is accepted, what it is
+OPTIONS = dict(  # name: default (None: the recipe's or the machine's), what is accepted, what it is
     data=("shapes", ["shapes", "cifar10", "cifar100", "imagenet", "folder"], "what to train on"),
     size=(None, (int, 8, 4096), "side of a view in pixels"), method=("simclr", [*METHODS], "the SSL method"),
     loss=("hex", [*LOSSES], "base: the method's own; or what takes its place or joins it"),
@@ -1031,15 +1031,15 @@ OPTIONS = dict(     # name: default (None: the recipe's or the machine's), what 
     workers=(None, COUNT, "loader processes a rank"), compile=(False, bool, "torch.compile the method"),
     checkpoint_every=(None, POSITIVE, "steps between checkpoints, beside each epoch's"),
     log_every=(10, POSITIVE, "steps between lines of metrics.jsonl"))
-# Settings without a flag: jitter is of brightness, contrast, saturation, hue; blur and solarize: shares of
-# either view; in the epochs of hex_warmup H is above warmup_threshold, if any; drop: of the step threshold.
+# Settings without a flag: jitter: of brightness, contrast, saturation, hue; blur, solarize: shares of
+# either view; warmup_threshold: H is above it in the epochs of hex_warmup; drop: of the step threshold.
 COMMON = dict(batch_size=256, accumulate=1, eta=0.02, clip=True, temperature=0.1, amp="fp16", hex_warmup=10,
               lr=0.3, weight_decay=1e-4, warmup_threshold=None, drop=0.1, crop_min=0.08, size=32,
               grayscale=0.2, jitter=[0.8, 0.8, 0.8, 0.2], blur=[0.5, 0.5], solarize=[0.0, 0.0])
 ASYMMETRIC, SHARP = (dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=blur, solarize=[0.0, 0.2])      # BYOL's views
-                     for blur in ([1.0, 0.1], [0.0, 0.0]))                                # at 224, 32 pixels
+                     for blur in ([1.0, 0.1], [0.0, 0.0]))                       # at 224, 32 pixels
 TINY = COMMON | dict(backbone="resnet10_narrow", clip=False, temperature=0.2, amp="off", blur=[0.0, 0.0])
-RECIPES = {  # what holds for any method, then where one differs; other heads are its class's. Sources: README
+RECIPES = {     # any: of all methods; then where one differs; other heads: its class's. Sources: README
     "imagenet": {"simclr": dict(accumulate=16), "barlow": ASYMMETRIC, "vicreg": ASYMMETRIC,
         "any": COMMON | dict(backbone="resnet50", size=224, epochs=100, weight_decay=1e-6, drop_every=20),
         "nnclr": ASYMMETRIC | dict(weight_decay=1e-5, warmup_threshold=0.9, drop_every=25),
@@ -1059,7 +1059,7 @@ RECIPES = {  # what holds for any method, then where one differs; other heads ar
 EXPERIMENT = [*OPTIONS][:[*OPTIONS].index("seed") + 1] + [
     "warmup_threshold", "drop", "drop_every", "crop_min", "grayscale", "jitter", "blur", "solarize"]
 
-def resolve(recipe, method, given):     # -> every setting: given, else the recipe's, else the method's own
+def resolve(recipe, method, given):     # -> all settings: given, the recipe's, the method's own
     takes, chosen = inspect.signature(METHODS[method]).parameters, RECIPES[recipe]["any"]
     chosen = {"alpha": METHODS[method].alpha} | chosen | RECIPES[recipe].get(method, {})
     chosen = {name: value for name, value in chosen.items() if name not in HEADS or name in takes}
@@ -1075,7 +1075,7 @@ def fail(message):          # what is wrong with the command itself
     error = UserError(message)
     error.status = 2
     raise error
-def process():      # (rank, ranks, rank on this machine), as torchrun says: its variables are read here alone
+def process():      # (rank, ranks, rank on this machine): torchrun's variables are read here alone
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
     missing = [name for name in names if not os.environ.get(name, "").isdigit() and name != "MASTER_ADDR"
                or name not in os.environ]
@@ -1106,7 +1106,7 @@ def parse(argv):        # -> cfg, with every setting, and a dict of what was giv
         if value == "" or isinstance(kind, tuple) and not kind[1] <= value <= kind[2]:
             wrong = "is empty; leave it out" if value == "" else f"must lie in {kind[1:]}"
             fail(f"{flag(name)} {value!r}: {wrong}")
-    if "probe" in given and not {"backbone", "data"} <= given.keys():          # else as in the run it is of
+    if "probe" in given and not {"backbone", "data"} <= given.keys():  # else as in the run it is of
         beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
         remedy, there = "name --backbone, --size, --norm and --data", os.path.exists(given["probe"])
         if not os.path.exists(beside):
@@ -1122,7 +1122,7 @@ def parse(argv):        # -> cfg, with every setting, and a dict of what was giv
     cfg = argparse.Namespace(**resolve(chosen["recipe"], chosen.get("method", "simclr"), chosen))
     cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg.amp = "off" if cfg.device == "cpu" and "amp" not in given else cfg.amp
-    if cfg.workers is None:               # on a CPU, pictures in memory are cropped fastest by the run itself
+    if cfg.workers is None:     # on a CPU, pictures in memory are cropped fastest by the run itself
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cfg.workers = min(12, cores // 2) if cfg.device == "cuda" or cfg.data in ("imagenet", "folder") else 0
     for name in ("root", "classes", "probe"):
@@ -1130,10 +1130,10 @@ def parse(argv):        # -> cfg, with every setting, and a dict of what was giv
     check(cfg, given)
     return cfg, given
 
-def check(cfg, given):      # UserError for a flag that has no effect, or flags that contradict each other
+def check(cfg, given):      # UserError: flags without effect, or that contradict each other
     takes, folder = inspect.signature(METHODS[cfg.method]).parameters, cfg.data in ("imagenet", "folder")
     training = {*EXPERIMENT, "compile", "log_every", "checkpoint_every"}
-    for condition, names, reason in (                       # (if, these flags have no effect, beside this)
+    for condition, names, reason in (                # (if, these flags have no effect, beside this)
             (cfg.probe, training - {"data", "size", "backbone", "norm", "amp", "seed"}, "--probe"),
             (cfg.loss != "hex", {"beta", "tau_plus", "decoupled"}, f"--loss {cfg.loss}"),
             (cfg.loss in ("base", "infonce", "dcl"), {"threshold", "quantile"}, f"--loss {cfg.loss}"),
@@ -1158,20 +1158,20 @@ def check(cfg, given):      # UserError for a flag that has no effect, or flags 
     if cfg.backbone == "pixels" and cfg.epochs and not cfg.probe:
         fail("--backbone pixels: has no weights to train; add --epochs 0")
 
-def load_backbone(path, cfg, remedy):       # a backbone.pt, or torchvision's file without its classifier
+def load_backbone(path, cfg, remedy):  # a backbone.pt, or torchvision's file without its classifier
     backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     mine = backbone.state_dict()
     def fill(file):
-        state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code from the file
+        state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code in it
         for name in [k for k in state if re.match(r"(fc|classifier|heads?)\.", k) and k not in mine]:
-            del state[name]                                                     # in place: it keeps _metadata
+            del state[name]                                           # in place: it keeps _metadata
         require(all(state[k].dtype == mine[k].dtype for k in state.keys() & mine.keys()), "another dtype")
         backbone.load_state_dict(state)
     read(path, fill, remedy)
     return backbone
 
 @contextlib.contextmanager
-def open_run(out, cfg, argv, identity):     # the folder: made, or of the same experiment and data; locked
+def open_run(out, cfg, argv, identity):     # its folder: made, or of the same experiment; locked
     path, code, lock = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read()), None
     saved = read(path, lambda f: dict(json.load(f)), "give another --out") if os.path.exists(path) else {}
     there, here = saved.get("config", {}), vars(cfg)
@@ -1189,7 +1189,7 @@ def open_run(out, cfg, argv, identity):     # the folder: made, or of the same e
         try:
             os.makedirs(out, exist_ok=True)
             lock = open(os.path.join(out, "lock"), "a")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                   # its owner's death releases it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)         # its owner's death releases it
         except OSError as error:
             reason = "another run is at work there" if lock else error.strerror
             raise UserError(f"--out {out}: cannot be used ({reason}); give another --out") from error
@@ -1202,8 +1202,8 @@ def open_run(out, cfg, argv, identity):     # the folder: made, or of the same e
     with lock or contextlib.nullcontext():
         yield
 
-def run(cfg, argv):         # whatever is wrong with the command shows before the run's folder is made
-    torch.backends.cudnn.benchmark = True                                       # the sizes of a run are fixed
+def run(cfg, argv):       # whatever is wrong with the command shows before the run's folder is made
+    torch.backends.cudnn.benchmark = True                             # the sizes of a run are fixed
     remedy = f"give a file of --backbone {cfg.backbone} at --size {cfg.size}"
     backbone, model = (load_backbone(cfg.probe, cfg, remedy), None) if cfg.probe else (None, build_model(cfg))
     train, val = load_data(cfg)
@@ -1251,7 +1251,7 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
                 if process()[0] == 0:
                     write(results, lambda file: file.write(json.dumps(found, indent=1).encode()))
         agree(out, cfg, "--out")                                    # waits for all
-        if process()[0] == 0:                                   # the result, what has emerged, what is left
+        if process()[0] == 0:                           # the result, what has emerged, what is left
             names = dict(top1="top-1", top5="top-5", knn="k-NN")
             result = ", ".join(f"{word} {found[key]:.2f} %" for key, word in names.items() if found)
             print(f"{clean(out)}: {result or ', '.join(sorted(os.listdir(out)))}")
@@ -1265,7 +1265,7 @@ def run(cfg, argv):         # whatever is wrong with the command shows before th
             announce(f"finished before, nothing was run; delete {out} to repeat")
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
+    """The command line -> the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
     argv, own, status, rank = sys.argv[1:] if argv is None else list(argv), False, 0, 0
     try:
         rank = process()[0]
@@ -1274,12 +1274,12 @@ def main(argv=None):
         if own:
             if cfg.device == "cuda":
                 torch.cuda.set_device(process()[2])
-            signal.signal(signal.SIGINT, signal.SIG_DFL)        # Python's waits while a rank waits for others
+            signal.signal(signal.SIGINT, signal.SIG_DFL)        # Python's would wait for other ranks
             dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[cfg.device])
         run(cfg, argv)
     except KeyboardInterrupt:
         line, status = "interrupted, run the same command again", 75
-    except UserError as error:                                             # a loader's comes with a traceback
+    except UserError as error:                                   # a loader's comes with a traceback
         line, status = str(error), error.status
         line = "error: " + (line.rpartition("UserError: ")[2] if "DataLoader worker" in line else line)
     except Exception as error:
@@ -1287,10 +1287,10 @@ def main(argv=None):
         known = "out of memory|shared memory|DataLoader worker|already in use|closed by peer|reset by peer"
         if not re.search(known, line):              # these say enough; any other is a fault of ours
             traceback.print_exc()
-    if status and (rank == 0 or dist.is_initialized() and status != 75):    # what every rank says, one says
+    if status and (rank == 0 or dist.is_initialized() and status != 75):    # what all say, one says
         print(f"hex.py: {clean(line)}", file=sys.stderr, flush=True)
     if own and status:
-        os._exit(status)                                                # to destroy the group waits for peers
+        os._exit(status)                                      # to destroy the group waits for peers
     if own:
         dist.destroy_process_group()
     return status
