@@ -44,7 +44,7 @@ from torch.distributed import _functional_collectives as collectives
 
 # --- The HEX loss ---------------------------------------------------------------------------------
 def weighted_nce(cosine, s_p, weight, log_c, tau):
-    """The formula: l_i of each anchor, (n,). cosine, weight: s, m, (n, columns); s_p, log_c: (n,)."""
+    """The formula: l_i of n anchors. cosine, weight: s and m, (n, columns); s_p, log_c: (n,)."""
     e = cosine / tau
     with torch.no_grad():                               # e^{1/tau} may overflow: the largest is out
         e.masked_fill_(weight == 0, -math.inf)
@@ -66,17 +66,17 @@ def dcl(a, b, temperature=0.1):
 
 def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, decoupled=False, released=False,
             epoch=0):
-    """The HEX loss. a, b: (N / ranks, D), row-aligned, any scale. threshold: None, AdaptiveThreshold(0.99);
-    another of these; or a number, H is above that cosine. decoupled: no positive in the denominator.
-    released: as the authors' public code. beta >= 0, tau_plus in [0, 1). Returns this rank's mean loss
-    (float32 or better) and detached scalars over the ranks: threshold, local (mean |H|), empty (share
-    of anchors with none), clamped (of the others at the floor). ValueError: ranges, shapes, N < 2."""
+    """The HEX loss. a, b: (N / ranks, D), row-aligned, any length. threshold: AdaptiveThreshold(),
+    another of these, or a number: H is above that cosine. decoupled: no positive in the sum. released:
+    the authors' public code. beta >= 0, tau_plus in [0, 1). Returns this rank's mean loss (float32 or
+    better) and detached scalars over the ranks: threshold, local (mean |H|), empty (share of anchors
+    with none), clamped (share of the others at the floor). ValueError: ranges, shapes, N < 2."""
     require(0 <= beta < math.inf, f"beta = {beta} must be at least 0, and finite")
     require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
     tau, outside = temperature, 0
     cosine, s_p, p, negative = similarities(a, b, tau)
     with torch.no_grad():
-        eps, above = split(cosine, negative | released, threshold, epoch)       # released: i and p, too
+        eps, above = split(cosine, negative | released, threshold, epoch)       # released: i, p too
         local = above & negative                                                # H(i)
         rest = negative & ~local                                                # G(i)
         size = local.sum(1, dtype=torch.int32).to(cosine)                       # |H(i)|
@@ -84,17 +84,17 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, de
         q = (cosine * (beta / tau)).masked_fill_(~local, lowest).softmax(1)     # Q_ij / |H(i)|
         e = cosine.masked_fill(~local, lowest)
         top = torch.maximum(e.amax(1), s_p)
-        e = e.sub_(top[:, None]).div_(tau).exp_()                          # e^{(s - top)/tau} in H(i), else 0
-        L = e.mul_(q).sum(1) - tau_plus * ((s_p - top) / tau).exp()         # the floor's bracket over |H|
+        e = e.sub_(top[:, None]).div_(tau).exp_()                          # e^{(s - top)/tau} in H
+        L = e.mul_(q).sum(1) - tau_plus * ((s_p - top) / tau).exp()         # floor's bracket / |H|
         clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
-        del e                                                                   # as large as the cosine
+        del e                                                                   # as large as s
         free = torch.where(clamped, 0, size / (1 - tau_plus))                   # 0 at the floor
         weight = q.mul_(free[:, None]).masked_fill_(rest, 1)                    # m in H(i), in G(i)
-        weight.scatter_(1, p[:, None], (1 - decoupled - tau_plus * free)[:, None])          # and at p
+        weight.scatter_(1, p[:, None], (1 - decoupled - tau_plus * free)[:, None])        # and at p
     log_c = torch.where(clamped, size.log() - 1 / tau, -math.inf)
-    if released:                            # its local term is a constant, and stands outside the logarithm
+    if released:    # its local term is a constant, and stands outside the logarithm
         weight, clamped = rest.to(cosine), size > 0
-        log_c = torch.where(rest.any(1), -math.inf, 0.0).to(cosine)             # c: 0, or 1 where G is empty
+        log_c = torch.where(rest.any(1), -math.inf, 0.0).to(cosine)             # c: 0; G empty: 1
         outside = (cosine.shape[1] - 2) * (s_p.new_full((), -1.0) / tau).exp()
     loss = (weighted_nce(cosine, s_p, weight, log_c, tau) + outside).mean()
     size, none, clamped = mean_over_ranks(torch.stack([x.to(s_p).mean() for x in (size, size == 0, clamped)]))
@@ -137,7 +137,7 @@ def local_mask(a, b, threshold=None, epoch=0):
     return eps, above & negative
 
 def adaptive_threshold(cosine, quantile=0.99, entries=None):
-    """eps: the mean over rows of each row's quantile, at round(q (k - 1)) of its k entries in order.
+    """eps: the mean over rows of each row's quantile, at round(q (k - 1)) of its k sorted entries.
     cosine: (rows, columns), -inf: no entry. entries: (rows,) each k, if known (a GPU needn't wait).
     Returns a scalar. ValueError: quantile outside (0, 1); a row of nothing but -inf."""
     require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
@@ -174,7 +174,7 @@ def CosineThreshold(start=0.9, end=0.3, epochs=100):
     return schedule(lambda epoch: end + (start - end) * (1 + math.cos(half * min(epoch, epochs))) / 2)
 
 def OracleHierarchy(labels):
-    """H: negatives of one super-class. NOT self-supervised: our diagnostic. labels: (N / ranks,)."""
+    """H: negatives of one super-class. NOT self-supervised: a diagnostic. labels: (N / ranks,)."""
     def threshold(cosine, negative, epoch=0):
         mine, everyone = labels.repeat(2), gather(labels).repeat(2)
         require(cosine.shape == (len(mine), len(everyone)), f"labels: {len(labels)}, not one an image")
@@ -202,8 +202,8 @@ def mean_over_ranks(x):     # of a detached tensor
         dist.all_reduce(x := x / ranks()[1])
     return x
 
-import argparse, copy, fcntl, hashlib, inspect, io, json, os, random, re, signal, sys, threading, time
-import traceback, warnings
+import argparse, copy, fcntl, hashlib, inspect, io, json, os, random, re, signal, sys, threading
+import time, traceback, warnings
 from functools import partial
 import torchvision
 from PIL import Image, ImageOps
@@ -213,7 +213,7 @@ from tqdm import tqdm
 
 # --- SSL methods and the wrapper ------------------------------------------------------------------
 def mlp(*widths, norm=None, affine=None):
-    """Linear - norm - ReLU blocks and a last Linear. affine: of the norm behind it; None: no norm."""
+    """Linear - norm - ReLU blocks, a last Linear. affine: of the norm behind it; None: no norm."""
     layers, last = [], None if affine is None else partial(norm, affine=affine)
     for fan_in, fan_out, normalize in zip(widths, widths[1:], [norm] * (len(widths) - 2) + [last]):
         layers.append(nn.Linear(fan_in, fan_out, bias=normalize is None))
@@ -223,8 +223,8 @@ def mlp(*widths, norm=None, affine=None):
 
 class Method(nn.Module):
     """Base of the methods: a projector z, and where a method has them a predictor p and a target t.
-    Its loss(*embeddings), in float32, gives the own loss and row-aligned pairs [(a, b), ...] for HEX.
-    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, with BatchNorm statistics of its own,
+    Its loss(*embeddings), in float32, gives the own loss and row-aligned pairs [(a, b), ...].
+    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, its BatchNorm statistics its own,
     that follows backbone and projector; its momentum rises from ema to 1 by a cosine. alpha, scale:
     of HEX (alpha 1: no own loss). The loop sets steps (of a run), losses (of a rank in a step)."""
     alpha, scale, steps, losses = 0.1, 1.0, None, 1
@@ -313,7 +313,7 @@ class SimSiam(Method):
         return -sum(F.cosine_similarity(p, z).mean() for p, z in pairs) / 2, [(z1, z2)]
 
 class BarlowTwins(Method):
-    """Zbontar et al. 2021, over all ranks; off-diagonal x 0.0051, in all x 0.1, as HEX's authors."""
+    """Zbontar et al. 2021, over all ranks; off-diagonal x 0.0051, in all x 0.1, as HEX's code."""
     def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
         super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm))
     def loss(self, z1, z2):
@@ -340,8 +340,8 @@ LOSSES = ("base", "infonce", "dcl", "hex", "released")
 
 class HEX(nn.Module):
     """The wrapper: loss = (1 - alpha) own + alpha scale mean over pairs of F(a, b), F by `loss`.
-    method: a Method, or any module with its forward and loss (after_step is optional). alpha, scale:
-    the method's, else 0.1 and 1. For `warmup` epochs the own loss is alone; with a warmup_threshold,
+    method: a Method, or any module with its forward and loss (after_step optional). alpha, scale:
+    the method's, else 0.1, 1. For `warmup` epochs the own loss is alone; with a warmup_threshold,
     F with H above it. of_hex: to hex_nce. ValueError: unknown loss; bare tensor; no pairs."""
     def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1, threshold=None,
                  warmup=0, warmup_threshold=None, **of_hex):
@@ -356,24 +356,24 @@ class HEX(nn.Module):
         self.after_step = getattr(method, "after_step", lambda step: None)
     def forward(self, x1, x2):
         embeddings = self.method(x1, x2)
-        require(not isinstance(embeddings, torch.Tensor), "forward returned a bare tensor, not a tuple")
+        require(not isinstance(embeddings, torch.Tensor), "forward gave a bare tensor, not a tuple")
         return embeddings
     def loss(self, *embeddings, epoch=0, threshold=None):
-        """-> loss (scalar), stats (detached scalars). threshold: this batch's (the oracle's labels)."""
+        """-> loss (scalar), stats (detached scalars). threshold: of this batch (the oracle's)."""
         with torch.autocast(embeddings[0].device.type, enabled=False):
             embeddings = [e.float() if e.dtype in (torch.float16, torch.bfloat16) else e for e in embeddings]
             loss, pairs = self.method.loss(*embeddings)
             loss = torch.as_tensor(loss, device=embeddings[0].device)
             stats, early = {"own": loss.detach()}, epoch < self.warmup
             if self.name != "base" and not (early and self.warmup_threshold is None):
-                require(pairs, f"loss = {self.name!r} needs pairs (a, b), and the method's loss gave none")
+                require(pairs, f"loss = {self.name!r} needs pairs (a, b); the method gave none")
                 loss = 0 if self.alpha == 1 else (1 - self.alpha) * loss    # 0 frees its graph
                 above = self.warmup_threshold if early else self.threshold if threshold is None else threshold
                 more = dict(threshold=above, epoch=epoch) if self.name in ("hex", "released") else {}
                 terms = [self.term(a, b, self.temperature, **more) for a, b in pairs]
                 values, each = zip(*(term if more else (term, {}) for term in terms))
                 loss = loss + self.alpha * self.scale * sum(values) / len(pairs)
-                stats |= {key: sum(of_pair[key] for of_pair in each) / len(pairs) for key in each[0]}
+                stats |= {key: sum(one[key] for one in each) / len(pairs) for key in each[0]}
                 stats[self.name] = sum(values).detach() / len(pairs)
             return loss + sum(0 * e.sum() for e in embeddings if e.requires_grad), stats  # DDP: all
 
@@ -409,7 +409,7 @@ def build_backbone(name, size=224, norm="batch"):
         require(linear, "it has no Linear classifier to remove")
         width = model.get_submodule(linear[-1]).in_features
         model.set_submodule(linear[-1], nn.Identity())
-        if isinstance(model, torchvision.models.ResNet) and size <= 64:     # a 3x3 stem, no max-pool
+        if isinstance(model, torchvision.models.ResNet) and size <= 64:     # 3x3 stem, no max-pool
             model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         shape = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size)).shape
@@ -438,7 +438,7 @@ class Pictures:
         return self.pictures.numpy().tobytes() + self.targets.numpy().tobytes()
 
 class Folder:
-    """ROOT/<class>/**, or unlabelled ROOT/**: files not hidden (.name, .folder/). only: the classes."""
+    """ROOT/<class>/**, or unlabelled ROOT/**: no hidden files (.name, .folder/). only: classes."""
     def __init__(self, root, labelled=True, only=None):
         def unreadable(error):
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that") from error
@@ -457,7 +457,7 @@ class Folder:
     def __len__(self):
         return len(self.files)
     def read(self, index):
-        """(3, H, W) uint8, upright. JPEG by torchvision, faster; its PNG decoder may crash. UserError."""
+        """(3, H, W) uint8, upright. JPEG by torchvision, whose PNG decoder may crash. UserError."""
         path = os.path.join(self.root, self.files[index])
         try:
             require(os.path.isfile(path), "no regular file")
@@ -478,7 +478,7 @@ class Folder:
         return os.fsencode("\0".join([*self.classes, "", *self.files]))
 
 def draw_shapes(count, seed):
-    """32x32 pictures: polygon, star, flower, frame (coarse label) of 3, 4, 6 corners (fine label)."""
+    """Polygon, star, flower, frame (coarse label) of 3, 4, 6 corners (fine label), 32x32 pixels."""
     g, kind = torch.Generator().manual_seed(seed), torch.arange(count) % 12
     family, corners = kind // 3, torch.tensor([3.0, 4.0, 6.0])[kind % 3, None, None]
     def uniform(low, high, *shape):
@@ -539,12 +539,12 @@ def load_data(cfg):
             raise UserError(f"--root {cfg.root}: train/ and val/ need the same class folders with pictures "
                             f"(valprep.sh sorts a flat val/); not so: {', '.join(differing[:5]) or 'all'}")
     if len(train) < 2:
-        raise UserError(f"--root {cfg.root}: {len(train)} pictures are too few to train on; add some")
+        raise UserError(f"--root {cfg.root}: {len(train)} pictures are too few; add some")
     return train, val
 
 class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8) for `augment`, index, the
-    one read: a function of (seed, epoch, index, view). views=0: a centre crop. color: jitter, gray."""
+    """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8), index, the one
+    read: a function of (seed, epoch, index, view). views=0: a centre crop. color: jitter, gray."""
     def __init__(self, pictures, cfg, *, views=2, seed=None, color=True):
         self.pictures, self.cfg, self.views, self.color = pictures, cfg, views, color
         self.seed = cfg.seed if seed is None else seed
@@ -565,7 +565,7 @@ class Views(torch.utils.data.Dataset):
         size = [self.cfg.size] * 2
         crops = [TF.resize(crop, size, TF.InterpolationMode.BICUBIC, antialias=True) for crop in crops]
         return torch.stack(crops), torch.tensor(parameters, dtype=torch.float32), key[1], used
-    def centre(self, picture):      # the usual test crop, 224 of 256, cut before resizing; small: whole
+    def centre(self, picture):      # the usual 224 of 256, cut before resizing; small: whole
         side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
         return TF.center_crop(picture, [side, side]), [0, 1, 1, 1, 0, 0, 0, 0]
     @staticmethod
@@ -619,15 +619,15 @@ def augment(crops, parameters, mean_std=MEAN_STD["imagenet"], *, color=True, blu
     x = torch.stack([(channel - mean) / std for channel, mean, std in zip(x.unbind(1), *mean_std)], 1)
     return x.contiguous(memory_format=torch.channels_last)
 
-def prepare(crops, parameters, cfg, color=True):    # -> (views B, 3, S, S) on the device, view 1 first
+def prepare(crops, parameters, cfg, color=True):    # -> (views B, 3, S, S), view 1 first
     both = (torch.cat(x.to(cfg.device, non_blocking=True).unbind(1)) for x in (crops, parameters))
     return augment(*both, MEAN_STD.get(cfg.data, MEAN_STD["imagenet"]), color=color,
                    blur=color and max(cfg.blur) > 0, solarize=color and max(cfg.solarize) > 0)
 
 def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=False):
-    """This rank's batches, lists of (epoch, index), from batch `start` of the run to its end. Batch k of
-    an epoch is order[k size : (k + 1) size]; the order is of (key, epoch) alone; those beyond a multiple
-    of `group` are dropped. part: (r, W), rank r of W gets its share of each; whole: k mod W = r."""
+    """This rank's batches, lists of (epoch, index), from batch `start` of the run to its end. Batch
+    k of an epoch: order[k size : (k + 1) size]; the order is of (key, epoch) alone; what is beyond a
+    multiple of `group` is dropped. part: (r, W): rank r of W has its share; whole: k mod W = r."""
     count, (r, W) = len(indices) // size // group * group, part
     low, high = (0, size) if whole else (r * size // W, (r + 1) * size // W)
     for number in range(start, epochs * count):
@@ -647,7 +647,7 @@ def loader(views, batches, workers):    # spawned: a fork beside threads (gloo's
 
 # --- Optimizer and schedule -----------------------------------------------------------------------
 class LARS(torch.optim.Optimizer):
-    """You et al. 2017: lr f, clip: min(lr, f), f = eta |w| / (|g| + decay |w|); biases, norms: lr."""
+    """You et al. 2017: lr f, clip: min(lr, f), f = eta |w| / (|g| + decay |w|); 1-d weights: lr."""
     def __init__(self, params, lr, *, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip=clip)
         super().__init__(params, defaults)
@@ -691,7 +691,7 @@ def features(backbone, pictures, indices, cfg):
     return rows[good.to(rows.device)], indices[good]
 
 def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
-    """k-NN by cosine, votes weighted by e^{s/0.07} (Wu et al. 2018) -> (n,) bool: which are right."""
+    """k-NN, votes weighted by e^{s/0.07} (Wu et al. 2018) -> (n,) bool: which are right."""
     bank, labels, right = F.normalize(bank), labels.to(bank.device), []
     for rows, answers in zip(F.normalize(queries).split(256), truth.to(bank.device).split(256)):
         near, index = (rows @ bank.T).topk(min(k, len(bank)))
@@ -703,7 +703,7 @@ def place_in_class(targets):    # for each entry: how many of its class stand be
     order, counts = targets.argsort(stable=True), targets.bincount()
     place = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
     return torch.empty_like(targets).scatter_(0, order, place)
-def labelled_pictures(cfg, targets):    # indices of labels the probe may see: all or a balanced share
+def labelled_pictures(cfg, targets):    # whose labels the probe may see: indices, a balanced share
     classes, total = int(targets.max()) + 1, round(cfg.label_fraction * len(targets))
     if total < classes:
         least = math.ceil(1e4 * classes / len(targets)) / 1e4
@@ -713,10 +713,10 @@ def labelled_pictures(cfg, targets):    # indices of labels the probe may see: a
     return order[turn.argsort()[:total]].sort().values    # in turn, one of each class that has more
 
 def linear_probe(backbone, cfg, train, val):
-    """The linear probe and k-NN on a frozen backbone -> what probe.json holds; accuracies in percent.
-    Heads of nine rates are trained (SGD, batch 256, decay 1e-5, a tenth at 60, 80 %: the authors') on
-    stored features of centre crops, for ImageNet on crops and flips. The best on a tenth of the labelled
-    train pictures, which none was trained on, is run on val."""
+    """The linear probe and k-NN on a frozen backbone -> what probe.json holds; in percent.
+    Heads of nine rates are trained (SGD, batch 256, decay 1e-5, a tenth at 60, 80 %: their probe) on
+    stored features of centre crops, for ImageNet on crops and flips. The best on a tenth of the train
+    pictures that have labels, which none was trained on, is run on val."""
     (r, W), epochs, classes = ranks(), cfg.probe_epochs, int(train.targets.max()) + 1
     backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     labelled = labelled_pictures(cfg, train.targets)
@@ -847,14 +847,14 @@ def agree(content, cfg, what):      # UserError unless all ranks hold the same c
 
 @contextlib.contextmanager
 def signals_counted():
-    """Yields when they came; another ends all. A thread: Python's handlers wait for system calls."""
+    """Yields when they came; another ends all. A thread: Python's handlers await system calls."""
     came, (end, start) = [], os.pipe()
     signals = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
                if signal.getsignal(each) != signal.SIG_IGN]              # as SIGHUP is, under nohup
     def listen():
         while number := os.read(end, 1):
             came.extend([time.monotonic()] * (number[0] in signals))      # not the loader's SIGCHLD
-            if came and came[-1] > came[0] + 3:     # sooner: the same, sent to a whole job, and torchrun's
+            if came and came[-1] > came[0] + 3:     # sooner: torchrun's copy of the first
                 os._exit(75)
     os.set_blocking(start, False)
     threading.Thread(target=listen, daemon=True).start()
@@ -887,7 +887,7 @@ def build_model(cfg):       # the wrapped method on the CPU; its weights are a f
     return HEX(method, cfg.loss, threshold=threshold, warmup=cfg.hex_warmup, **of_hex)
 
 def pretrain(model, cfg, train, val, out, identity):
-    """Trains, resumes, logs; leaves checkpoint.pt, metrics.jsonl, pictures in `out`. -> the backbone."""
+    """Trains, resumes, logs; leaves checkpoint.pt, metrics.jsonl, pictures. -> the backbone."""
     r, W, _ = process()
     whole = cfg.accumulate % W == 0           # each rank computes whole losses; or its part of each
     losses = cfg.accumulate // W if whole else cfg.accumulate              # of this rank, in a step
@@ -921,7 +921,7 @@ def pretrain(model, cfg, train, val, out, identity):
                     start=done * cfg.accumulate, group=cfg.accumulate, part=(r, W), whole=whole)
     source = iter(loader(Views(train, cfg), order, cfg.workers))
     def note(**event):
-        event = {key: None if value != value else value for key, value in event.items()}    # NaN: null
+        event = {k: None if v != v else v for k, v in event.items()}        # NaN is no JSON
         log.write(json.dumps(event).encode() + b"\n")
         log.flush()
     def describe(step):     # what has emerged, to log and screen; first and last a picture, too
@@ -946,7 +946,7 @@ def pretrain(model, cfg, train, val, out, identity):
                 crops, parameters, _, used = next(source)               # (B, 2, 3, S, S), (B, 2, 8)
                 waited += time.perf_counter() - asked
                 x1, x2 = prepare(crops, parameters, cfg).chunk(2)
-                torch.manual_seed(rng_of(cfg.seed, "step", step, k * W + r).getrandbits(63))        # dropout
+                torch.manual_seed(rng_of(cfg.seed, "step", step, k * W + r).getrandbits(63))  # dropout
                 oracle = cfg.threshold == "oracle" and OracleHierarchy(train.coarse[used].to(cfg.device))
                 alike = k == losses - 1 or W == 1                           # DDP averages gradients
                 with alone(whole), contextlib.nullcontext() if alike else ddp.no_sync():
@@ -1031,15 +1031,15 @@ OPTIONS = dict(  # name: default (None: the recipe's or the machine's), what is 
     workers=(None, COUNT, "loader processes a rank"), compile=(False, bool, "torch.compile the method"),
     checkpoint_every=(None, POSITIVE, "steps between checkpoints, beside each epoch's"),
     log_every=(10, POSITIVE, "steps between lines of metrics.jsonl"))
-# Settings without a flag: jitter: of brightness, contrast, saturation, hue; blur, solarize: shares of
-# either view; warmup_threshold: H is above it in the epochs of hex_warmup; drop: of the step threshold.
+# Without a flag: jitter, of brightness, contrast, saturation, hue; blur, solarize: shares of either
+# view; warmup_threshold: H is above it in the epochs of hex_warmup; drop: of the step threshold.
 COMMON = dict(batch_size=256, accumulate=1, eta=0.02, clip=True, temperature=0.1, amp="fp16", hex_warmup=10,
               lr=0.3, weight_decay=1e-4, warmup_threshold=None, drop=0.1, crop_min=0.08, size=32,
               grayscale=0.2, jitter=[0.8, 0.8, 0.8, 0.2], blur=[0.5, 0.5], solarize=[0.0, 0.0])
-ASYMMETRIC, SHARP = (dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=blur, solarize=[0.0, 0.2])      # BYOL's views
+ASYMMETRIC, SHARP = (dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=blur, solarize=[0.0, 0.2])    # BYOL's
                      for blur in ([1.0, 0.1], [0.0, 0.0]))                       # at 224, 32 pixels
 TINY = COMMON | dict(backbone="resnet10_narrow", clip=False, temperature=0.2, amp="off", blur=[0.0, 0.0])
-RECIPES = {     # any: of all methods; then where one differs; other heads: its class's. Sources: README
+RECIPES = {     # any: all methods; then where one differs; other heads: its class's. See README
     "imagenet": {"simclr": dict(accumulate=16), "barlow": ASYMMETRIC, "vicreg": ASYMMETRIC,
         "any": COMMON | dict(backbone="resnet50", size=224, epochs=100, weight_decay=1e-6, drop_every=20),
         "nnclr": ASYMMETRIC | dict(weight_decay=1e-5, warmup_threshold=0.9, drop_every=25),
@@ -1080,7 +1080,7 @@ def process():      # (rank, ranks, rank on this machine): torchrun's variables 
     missing = [name for name in names if not os.environ.get(name, "").isdigit() and name != "MASTER_ADDR"
                or name not in os.environ]
     if 0 < len(missing) < len(names):
-        fail(f"{', '.join(missing)}: not set, but others of torchrun's are: use torchrun, or unset all")
+        fail(f"{', '.join(missing)}: not set, but others are: use torchrun, or unset all")
     return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names[:3])
 
 def clean(text):        # one line for a terminal, whatever is in the names of files
@@ -1265,7 +1265,7 @@ def run(cfg, argv):       # whatever is wrong with the command shows before the 
             announce(f"finished before, nothing was run; delete {out} to repeat")
 
 def main(argv=None):
-    """The command line -> the exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
+    """The command line -> exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
     argv, own, status, rank = sys.argv[1:] if argv is None else list(argv), False, 0, 0
     try:
         rank = process()[0]
@@ -1274,7 +1274,7 @@ def main(argv=None):
         if own:
             if cfg.device == "cuda":
                 torch.cuda.set_device(process()[2])
-            signal.signal(signal.SIGINT, signal.SIG_DFL)        # Python's would wait for other ranks
+            signal.signal(signal.SIGINT, signal.SIG_DFL)        # Python's would wait for a rank
             dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[cfg.device])
         run(cfg, argv)
     except KeyboardInterrupt:
