@@ -188,7 +188,8 @@ def pieces():
 
 def on_rank(rank, out, argv):
     """One of two ranks. NCCL wants a card for each; so it is gloo, whose all_gather_single is for CPUs."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost",
+                      MASTER_PORT="0")          # not used: the ranks meet in a file
     torch.set_num_threads(1)
     gather, group = hx.gather, dict(init_method=f"file://{out}.store", rank=rank, world_size=2)
     hx.gather = lambda x: gather(x.cpu()).to(x.device)
