@@ -237,14 +237,13 @@ where the study stopped did not depend on a result. Fewer than {fewest} pairs ar
   takes too little variance, of single answers' up to n times too much.
 - *seeds*: t over the seeds' differences. It does not know that the val pictures are a sample.
 
-In simulated studies of 3 to 10 seeds it held the truth in 93 to 99.8 %; with many seeds it is up to a third
-wider than it need be. Each is an interval by itself, not all of them together. p is the larger of the same
-two tests' (two-sided). The main question is `hex` against `infonce` in top-1 on three data sets ({main}
-judged so far, Holm's correction among them); it was fixed when shapes' runs were known and, of CIFAR, one
-earlier pair. All else is exploratory ({rest} judged, Holm among them). *Could have seen*: roughly the
-smallest true difference that {power:.0f} % of such studies find, at the 5 % level / at the first step of
-Holm's, if the true errors are those estimated here. That a difference is not told from 0 is no evidence that
-it is 0: the interval says what it may be.
+It errs on the wide side, most with many seeds. Each is an interval by itself, not all of them together. p
+is the larger of the same two tests' (two-sided). The main question is `hex` against `infonce` in top-1 on
+three data sets ({main} judged so far, Holm's correction among them); it was fixed when shapes' runs were
+known and, of CIFAR, one earlier pair. All else is exploratory ({rest} judged, Holm among them). *Could have
+seen*: roughly the smallest true difference that {power:.0f} % of such studies find, at the 5 % level / at
+the first step of Holm's, if the true errors are those estimated here. That a difference is not told from 0
+is no evidence that it is 0: the interval says what it may be.
 """
 
 

@@ -65,8 +65,8 @@ STUDY = [Row(*row) for row in (
     ("methods",   "shapes",          "--method mocov3",                  THREE,        3),
     ("methods",   "shapes",          "--method byol",                    THREE,        3),
     ("methods",   "shapes",          "--method simsiam",                 THREE,        3),
-    ("split2",    "cifar10-split2",  "--temperature 0.1",                SPLIT,         3),
-    ("split2",    "cifar100-split2", "--temperature 0.1",                SPLIT,         3),
+    ("split2",    "cifar10-split2",  "--temperature 0.1",                SPLIT,        3),
+    ("split2",    "cifar100-split2", "--temperature 0.1",                SPLIT,        3),
     ("long",      "cifar100",        "--temperature 0.1 --epochs 60",    PAIR,         3),
     ("extremes",  "cifar100",        "--temperature 0.05",               PAIR,         3),
     ("extremes",  "cifar10",         "--temperature 0.1",                STRONG,       3),
@@ -133,6 +133,7 @@ def key(line):
 
 
 def recipe_of(line):
+    """Of a run or a line; the mechanism's lines of uniform points, which have no data, go with small."""
     return "shapes" if line.get("data") == "shapes" else "small"
 
 
