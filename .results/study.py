@@ -42,7 +42,7 @@ THREE = ("base", "infonce", "hex")
 PAIR = ("infonce", "hex")
 SHARE_70 = ("infonce", "hex --tau-plus 0.7")            # about H's same-class share at the end on shapes,
 SHARE_20 = ("infonce", "hex --tau-plus 0.2")            # and on CIFAR-10; CIFAR-100's is near the default
-FLOOR = ("random", "pixels")
+RANDOM, PIXELS = ("random",), ("pixels",)
 STRONG = ("infonce", "hex --quantile 0.9 --beta 4")
 
 Row = namedtuple("Row", "part data flags arms seeds")
@@ -55,12 +55,15 @@ STUDY = [Row(*row) for row in (
     ("other",     "cifar10-other",   "--temperature 0.1",                PAIR,         3),
     ("strong",    "cifar100",        "--temperature 0.1",                STRONG,       3),
     ("strong",    "cifar10",         "--temperature 0.1",                STRONG,       3),
-    ("floor",     "shapes",          "",                                 FLOOR,        3),
-    ("floor",     "cifar10",         "",                                 FLOOR,        3),
-    ("floor",     "cifar100",        "",                                 FLOOR,        3),
-    ("floor",     "shapes",          "--probe-epochs 1000",              ("random",),  3),
-    ("floor",     "cifar10",         "--probe-epochs 1000",              ("random",),  3),
-    ("floor",     "cifar100",        "--probe-epochs 1000",              ("random",),  3),
+    ("floor",     "shapes",          "",                                 RANDOM,       3),
+    ("floor",     "shapes",          "",                                 PIXELS,       1),
+    ("floor",     "cifar10",         "",                                 RANDOM,       3),
+    ("floor",     "cifar10",         "",                                 PIXELS,       1),
+    ("floor",     "cifar100",        "",                                 RANDOM,       3),
+    ("floor",     "cifar100",        "",                                 PIXELS,       1),
+    ("floor",     "shapes",          "--probe-epochs 1000",              RANDOM,       3),
+    ("floor",     "cifar10",         "--probe-epochs 1000",              RANDOM,       3),
+    ("floor",     "cifar100",        "--probe-epochs 1000",              RANDOM,       3),
     ("shapes",    "shapes",          "",                                 SIX,          10),
     ("cifar10",   "cifar10",         "--temperature 0.1",                SIX,          5),
     ("cifar100",  "cifar100",        "--temperature 0.1",                SIX,          5),
