@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ratios against what users would pick instead, each pair interleaved in one run. From the top folder:
+"""Times against what users would pick instead, in turns within one run. From the top folder:
 
     OMP_NUM_THREADS=1 python .results/peers.py loss --solo DIR --lightly DIR --authors DIR
     OMP_NUM_THREADS=1 python .results/peers.py memory
@@ -7,7 +7,9 @@
     OMP_NUM_THREADS=1 python .results/peers.py data --root DIR
 
 loss: clones of github.com/vturrisi/solo-learn, lightly-ai/lightly and olivesgatech/HEX; lightly needs its own
-requirements. data: any folder of class folders of JPEGs.
+requirements (torch and torchvision do for its loss). data: any folder of class folders of JPEGs, named by
+its digest in the line. Each run appends lines to performance.jsonl, with every turn's milliseconds; report.py
+makes the table.
 """
 import argparse
 import os
@@ -20,22 +22,30 @@ from statistics import median
 import torch
 import torchvision
 from PIL import Image, ImageFilter
+from study import PERFORMANCE, append, code_now, cpu, hex_module
 from torchvision import transforms
 
-sys.path.insert(0, os.getcwd())
-import hex as hx  # noqa: E402
+hx = hex_module()
 
 
-def race(repeats, **runners):
-    """Median milliseconds of each, interleaved; the first turn is left out."""
+def keep(part, of, **figures):
+    """A line of performance.jsonl, and on the screen."""
+    append(PERFORMANCE, [dict(part=part, of=of, **figures, code=code_now(), cpu=cpu(),
+                              threads=torch.get_num_threads(), torch=torch.__version__)])
+    short = {name: round(median(each), 2) for values in figures.values() for name, each in values.items()}
+    print(f"{part}, {of}:", short, flush=True)
+
+
+def race(part, of, repeats, **runners):
+    """Keeps the milliseconds of each in every turn but the first; in a turn, one runs after the other."""
     spent = {name: [] for name in runners}
     for turn in range(repeats + 1):
         for name, runner in runners.items():
             start = time.perf_counter()
             runner()
             if turn:
-                spent[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(each) for name, each in spent.items()}
+                spent[name].append(round(1e3 * (time.perf_counter() - start), 3))
+    keep(part, of, ms=spent)
 
 
 def peer(clone):
@@ -64,24 +74,19 @@ def loss(args):
 
     def compare(n, repeats):
         (a, b), index = pairs(n), torch.arange(n // 2).repeat(2)
-        return race(repeats, hex_nce=lambda: hx.hex_nce(a, b)[0].backward(),
-                    info_nce=lambda: hx.info_nce(a, b).backward(),
-                    solo_learn=lambda: solo(torch.cat([a, b]), index, 0.1).backward(),
-                    lightly=lambda: NTXentLoss(0.1)(a, b).backward(),
-                    authors=lambda: authors(torch.cat([a, b]), index, 0.1, 1, 0.1).backward())
+        race("loss", f"n = {n}", repeats, hex_nce=lambda: hx.hex_nce(a, b)[0].backward(),
+             info_nce=lambda: hx.info_nce(a, b).backward(),
+             solo_learn=lambda: solo(torch.cat([a, b]), index, 0.1).backward(),
+             lightly=lambda: NTXentLoss(0.1)(a, b).backward(),
+             authors=lambda: authors(torch.cat([a, b]), index, 0.1, 1, 0.1).backward())
 
-    for n, repeats in ((512, 15), (4096, 5), (8192, 3)):
-        ms = compare(n, repeats)
-        fastest = min(ms["solo_learn"], ms["lightly"])
-        print(f"n {n}, ms:", {name: round(each, 1) for name, each in ms.items()},
-              f"hex_nce / lightly {ms['hex_nce'] / ms['lightly']:.2f},",
-              f"/ faster peer {ms['hex_nce'] / fastest:.2f}, / authors {ms['hex_nce'] / ms['authors']:.2f};",
-              f"info_nce / faster peer {ms['info_nce'] / fastest:.2f}", flush=True)
+    compare(512, 25)
+    compare(4096, 9)
 
 
 def memory(args):
     for n in (512, 4096):
-        a, b = pairs(n)
+        (a, b), peaks = pairs(n), {}
         for name, run in (("hex_nce", lambda a, b: hx.hex_nce(a, b)[0]), ("info_nce", hx.info_nce)):
             with torch.profiler.profile(profile_memory=True) as profile:
                 run(a, b).backward()
@@ -90,7 +95,8 @@ def memory(args):
                 if event.name() == "[memory]":
                     live += event.nbytes()
                     peak = max(peak, live)
-            print(f"n {n} {name}: peak {peak / 4 / n ** 2:.2f} n^2 floats", flush=True)
+            peaks[name] = [round(peak / 4 / n ** 2, 3)]
+        keep("memory", f"n = {n}", floats=peaks)                    # in n^2 float32
 
 
 def lars(args):
@@ -99,14 +105,12 @@ def lars(args):
         for p in params:
             p.grad = torch.randn_like(p)
         sgd = torch.optim.SGD(params, 1e-4, momentum=0.9, weight_decay=1e-4, foreach=True)
-        ms = race(25, sgd=sgd.step, lars=hx.LARS(params, 1e-4, weight_decay=1e-4).step)
-        print(f"{name}, ms:", {each: round(value, 2) for each, value in ms.items()},
-              f"lars / sgd {ms['lars'] / ms['sgd']:.2f}", flush=True)
+        race("lars", name, 25, sgd=sgd.step, lars=hx.LARS(params, 1e-4, weight_decay=1e-4).step)
 
 
 def data(args):
     """Decoding alone; two views of the ImageNet recipe for SimCLR, ours (bicubic crops; the rest waits for
-    the device, here this CPU, where blur has 13 taps), and by Pillow as the peers do it."""
+    the device), and by Pillow as the peers do it."""
     cfg, _ = hx.parse(["--data", "folder", "--root", args.root, "--device", "cpu"])
     files = hx.Folder(args.root)
     views, mean_std = hx.Views(files, cfg), hx.MEAN_STD["imagenet"]
@@ -121,19 +125,16 @@ def data(args):
         picture = Image.open(os.path.join(files.root, files.files[i])).convert("RGB")
         return pil(picture), pil(picture)
 
+    def contents(name):
+        with open(os.path.join(files.root, name), "rb") as file:
+            return file.read()
+
     def all_files(read):                                        # one by one, as a loader process does it
         return lambda: [read(i) for i in range(len(files))]
 
-    ms = race(5, decode=all_files(files.read), ours=all_files(lambda i: views[0, i]), pil=all_files(in_pil))
-    crops, parameters, *_ = zip(*(views[0, i] for i in range(min(32, len(files)))), strict=True)
-    crops, parameters = torch.stack(crops).flatten(0, 1), torch.stack(parameters).flatten(0, 1)
-    device = race(5, plain=lambda: hx.augment(crops, parameters, mean_std),
-                  blurred=lambda: hx.augment(crops, parameters, mean_std, blur=True))
-    device = {name: round(spent / (len(crops) / 2), 2) for name, spent in device.items()}
-    each = {name: round(spent / len(files), 2) for name, spent in ms.items()}
-    print(f"{len(files)} files, ms an image:", each,
-          f"ours / decode {ms['ours'] / ms['decode']:.2f}, pil / ours {ms['pil'] / ms['ours']:.2f};",
-          f"augment of two views on this CPU: {device}")
+    of = f"{len(files)} JPEG files ({hx.fingerprint(*map(contents, files.files))[:16]})"
+    race("data", of, 5, decode=all_files(files.read), ours=all_files(lambda i: views[0, i]),
+         pil=all_files(in_pil))
 
 
 PARTS = dict(loss=loss, memory=memory, lars=lars, data=data)

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import os
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
 from plot import COLORS, GRAY, INK, PALE, Picture, axis, legend, panel, read_events, ticks
@@ -20,6 +20,7 @@ from study import (
     MAIN,
     MECHANISM,
     PAIR,
+    PERFORMANCE,
     RUNS,
     SETTINGS,
     SIX,
@@ -420,6 +421,27 @@ def mechanism_tables(mechanism):
     return "\n".join(out)
 
 
+# What of performance.jsonl is shown: part, figures, and which is held against which.
+RATIOS = (("loss", "ms", "hex_nce", "lightly"), ("loss", "ms", "info_nce", "lightly"),
+          ("loss", "ms", "hex_nce", "solo_learn"), ("loss", "ms", "hex_nce", "authors"),
+          ("memory", "floats", "hex_nce", "info_nce"), ("lars", "ms", "lars", "sgd"),
+          ("data", "ms", "ours", "decode"), ("data", "ms", "pil", "ours"))
+
+
+def performance_table(lines):
+    rows = []
+    for part, unit, one, other in RATIOS:
+        for of in dict.fromkeys(line["of"] for line in lines if line["part"] == part):
+            runs = [line[unit] for line in lines if line["part"] == part and line["of"] == of]
+            ratios = sorted(median(run[one]) / median(run[other]) for run in runs)
+            shown = f"{ratios[0]:.2f}" + (f" to {ratios[-1]:.2f}" if len(ratios) > 1 else "")
+            both = " / ".join(f"{median(median(run[name]) for run in runs):.4g}" for name in (one, other))
+            rows.append([part, of, f"{one} / {other}", f"**{shown}**", both, str(len(runs)),
+                         str(len(runs[0][one]))])
+    head = ("", "of", "ratio", "of medians", "medians", "runs", "turns")
+    return table(head, rows) + "\n" if rows else ""
+
+
 # --- Plots --------------------------------------------------------------------------------------------------
 
 
@@ -545,6 +567,15 @@ features. Last column: the D in which uniform points have `infonce`'s threshold.
 """
 
 
+PERFORMANCE_TEXT = """\
+By `peers.py`, on {cpus}, torch {versions}; `hex.py` of code {codes}. Medians over the turns of a run, one
+thread; in a turn all take their turn, so a ratio means more than a time. Several runs: their least and
+largest ratio. *loss*: forward and backward, D = 128, milliseconds. *memory*: the peak, in n^2 float32.
+*lars*: a step. *data*: decoding alone; two views of 224 pixels; Pillow's with torchvision's transforms, which
+do the colour, too, while ours wait for the device. Milliseconds for all files.
+"""
+
+
 def main():
     lines, mechanism, words = load()
     groups, uniform = table_of(lines), Uniform(mechanism, 0.99)
@@ -568,6 +599,10 @@ def main():
     add("The mechanism", MECHANISM_TEXT, mechanism_tables(mechanism))
     add("Is it uniformity alone?", UNIFORM_TEXT, uniformity_table(groups, uniform))
     add_plot(draw_curves(groups, uniform), "threshold, same-class share and k-NN over epochs")
+    timed = read_events(PERFORMANCE)
+    names = {name: ", ".join(dict.fromkeys(line[key][:16] for line in timed))
+             for name, key in (("cpus", "cpu"), ("versions", "torch"), ("codes", "code"))}
+    add("Performance", PERFORMANCE_TEXT.format(**names), performance_table(timed))
     readme = open(README).read() if os.path.exists(README) else "# Evidence\n"
     if BEGIN not in readme or END not in readme:
         readme += f"\n{BEGIN}\n{END}\n"

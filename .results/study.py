@@ -31,7 +31,8 @@ from plot import read_events
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
-RUNS, MECHANISM = (os.path.join(HERE, name) for name in ("runs.jsonl", "mechanism.jsonl"))
+RUNS, MECHANISM, PERFORMANCE = (os.path.join(HERE, f"{name}.jsonl")
+                                for name in ("runs", "mechanism", "performance"))
 
 # --- The runs -----------------------------------------------------------------------------------------------
 # An arm is a loss with its flags. In a part seeds are outermost: wherever the study stops, what is there is
