@@ -111,10 +111,8 @@ def read_events(path):
     events = []
     with open(path if os.path.exists(path) else os.devnull) as file:
         for line in file:
-            try:
+            if line.endswith("\n"):
                 events.append(json.loads(line))
-            except ValueError:
-                break
     return events
 
 

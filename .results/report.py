@@ -27,7 +27,7 @@ from study import (
     STUDY,
     TRAINED,
     key,
-    recipe_of,
+    kind_of,
     same_numbers,
 )
 
@@ -42,25 +42,26 @@ MEASURES = {"top1": ("top-1", "right"), "knn": ("k-NN", "knn_right")}
 
 
 def load():
-    """The runs of the hex.py that most of them are of, and of others with the same numbers; the mechanism's
-    lines of these; how they came, in words."""
+    """The runs of the hex.py that made the last line, and of others with the same numbers; the mechanism's
+    lines by the last, too; how they came, in words."""
     lines = read_events(RUNS)
-    counts = collections.Counter(line["code"] for line in lines)
-    code = max(counts, key=lambda each: (counts[each], each), default=None)
+    code = lines[-1]["code"] if lines else None
     same = same_numbers(lines, code)
-    runs = {key(line): line for line in lines if (line["code"], recipe_of(line)) in same}
-    runs |= {key(line): line for line in lines if line["code"] == code}
-    mechanism = [line for line in read_events(MECHANISM) if (line["code"], recipe_of(line)) in same]
-    words = [f"{len(runs)} runs and {len(mechanism)} lines of the mechanism, by the `hex.py` of code "
-             f"`{str(code)[:16]}` (`code` in a run's config.json)."]
-    for other in sorted({other for other, _ in same} - {code}):
-        theirs = {key(line) for line in lines
-                  if line["code"] == other and (other, recipe_of(line)) in same}
-        shared = {key(line) for line in lines if line["code"] == code} & theirs
-        words.append(f"`{other[:16]}` made {len(theirs)}, {len(shared)} of them made by both, with every "
-                     "figure equal.")
-    left = sum((line["code"], recipe_of(line)) not in same for line in lines)
+    counted = sorted((line for line in lines if kind_of(line) in same), key=lambda line: line["code"] == code)
+    runs = {key(line): line for line in counted}                            # its own come last, and stay
+    mechanism = read_events(MECHANISM)
+    mechanism = [line for line in mechanism if line["code"] == mechanism[-1]["code"]]
+    words = [f"{len(runs)} runs. The `hex.py` of code `{str(code)[:16]}` (`code` in a run's config.json) made "
+             f"{sum(line['code'] == code for line in counted)}."]
+    for other in sorted({line["code"] for line in counted} - {code}):
+        theirs = {key(line) for line in counted if line["code"] == other}
+        both = {key(line) for line in counted if line["code"] == code} & theirs
+        words.append(f"`{other[:16]}`, older, made {len(theirs)}; {len(both)} were made by both, with every "
+                     "figure equal (lines of an arm and recipe count only where that was so).")
+    left = len(lines) - len(counted)
     words += [f"{left} runs of other versions are left out."] if left else []
+    if mechanism:
+        words.append(f"{len(mechanism)} lines of the mechanism, by `{mechanism[0]['code'][:16]}`.")
     return [*runs.values()], mechanism, " ".join(words)
 
 
@@ -168,7 +169,11 @@ class Comparison:
         return Way(tuple(ends), min(1.0, 2 * (tail + 1) / (DRAWS + 1)), float(draws.std()), 1000)
 
     def by_seeds(self):
-        return self.by_t(self.signs.mean(1).var(ddof=1) / self.n, self.n - 1)
+        """t over the seeds; their error is not below that which single answers alone would make."""
+        values = self.signs.astype(np.float32)
+        rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+        of_answers = float(np.square(rest).sum()) / ((self.n - 1) * (self.pictures - 1)) / self.pictures
+        return self.by_t(max(self.signs.mean(1).var(ddof=1), of_answers) / self.n, self.n - 1)
 
     def by_t(self, variance, df):
         error = 100 * float(variance) ** 0.5
@@ -232,21 +237,23 @@ def probability(p):
 
 STATISTICS = """\
 Differences in points of percent, paired by seed and by val picture. They speak of other seeds and other val
-pictures like these, for this recipe and this one set of train pictures. n: seeds made of seeds planned;
-where the study stopped did not depend on a result. Fewer than {fewest} pairs are shown and not judged. The
-95 % interval spans two:
+pictures like these, for this recipe and this one set of train pictures. n: seeds made of seeds planned.
+Fewer than {fewest} pairs are shown and not judged. HEX is at work only after its warm-up: the first epoch
+of 12 on shapes, the first two of 15 on CIFAR are InfoNCE in both arms. The 95 % interval spans two:
 
 - *bootstrap*: {draws} draws of seeds and, crossed with them, of val pictures; percentiles. Of few seeds it
-  takes too little variance, of single answers' up to n times too much.
-- *seeds*: t over the seeds' differences. It does not know that the val pictures are a sample.
+  takes too little variance, of single answers' up to three times too much.
+- *seeds*: t over the seeds' differences, n - 1 degrees of freedom; their error is not taken below that of
+  single answers. It does not know that the val pictures are a sample.
 
-It errs on the wide side, most with many seeds. Each is an interval by itself, not all of them together. p
-is the larger of the same two tests' (two-sided). The main question is `hex` against `infonce` in top-1 on
-three data sets ({main} judged so far, Holm's correction among them); it was fixed when shapes' runs were
-known and, of CIFAR, one earlier pair. All else is exploratory ({rest} judged, Holm among them). *Could have
-seen*: roughly the smallest true difference that {power:.0f} % of such studies find, at the 5 % level / at
-the first step of Holm's, if the true errors are those estimated here. That a difference is not told from 0
-is no evidence that it is 0: the interval says what it may be.
+Each is an interval by itself, not all of them together. p is the larger of the same two tests' (two-sided).
+The main question is `hex` against `infonce` in top-1 on three data sets ({main} judged so far, Holm's
+correction among them). It was fixed when shapes' runs were known and, of CIFAR, one earlier pair; CIFAR's
+was looked at after three of five seeds, and `other` and `strong` were then made before the rest. All else
+is exploratory ({rest} judged, Holm among them). *Could have seen*: roughly the smallest true difference that
+{power:.0f} % of such studies find, at the 5 % level / at the first step of Holm's, if the true errors are
+those estimated here, and an error from three seeds is a rough estimate. That a difference is not told from
+0 is no evidence that it is 0: the interval says what it may be.
 """
 
 
@@ -333,10 +340,10 @@ def run_table(groups):
 
 
 def at_epochs(groups, data, flags, arm, name, seeds):
-    """[mean over the seeds, after each epoch]; None where none is logged."""
+    """[[of each seed], after each epoch]; None where one has none."""
     runs = [groups[data, flags, arm][seed]["epochs"] for seed in seeds]
     values = [[run[i].get(name) for run in runs] for i in range(min(map(len, runs)))]
-    return [mean(each) if None not in each else None for each in values]
+    return [None if None in each else each for each in values]
 
 
 def common_seeds(groups, data, flags, arms):
@@ -347,6 +354,7 @@ class Uniform:
     """The threshold of points spread uniformly on the sphere in D dimensions; interpolated in log D."""
 
     def __init__(self, mechanism, quantile):
+        self.quantile = quantile
         found = [line for line in mechanism if line["kind"] == "uniform" and line["quantile"] == quantile]
         self.known = bool(found)
         if found:
@@ -362,26 +370,35 @@ class Uniform:
         return f"{np.exp(np.interp(threshold, self.eps[::-1], self.log_d[::-1])):.1f}"
 
 
-def uniformity_table(groups, uniform):
+def threshold_table(groups, uniform):
     rows = []
-    for data, flags in TRAINED if uniform.known else ():
-        seeds = common_seeds(groups, data, flags, PAIR)
-        if not seeds:
+    for data, flags in TRAINED:
+        if not (seeds := common_seeds(groups, data, flags, PAIR)):
             continue
-        dim = groups[data, flags, "infonce"][seeds[0]]["config"]["dim"]
-        wanted = ("infonce", "threshold"), ("hex", "threshold"), ("infonce", "rankme")
-        curves = [at_epochs(groups, data, flags, *each, seeds) for each in wanted]
-        last = min(map(len, curves)) - 1
+        infonce, ours = (at_epochs(groups, data, flags, arm, "threshold", seeds) for arm in PAIR)
+        last = min(len(infonce), len(ours)) - 1
         for epoch in sorted({0, round(last / 4), round(last / 2), last}):
-            infonce, ours, rank = (curve[epoch] for curve in curves)
-            if None not in (infonce, ours, rank):
-                in_dim, in_rank = uniform.threshold(dim), uniform.threshold(rank)
-                rows.append([where(data, flags), str(len(seeds)), str(epoch), f"{infonce:.3f}", f"{ours:.3f}",
-                             f"{in_dim:.3f} ({dim})", f"{in_rank:.3f} ({rank:.1f})",
-                             uniform.dimension(infonce)])
-    head = ("data", "n", "epoch", "eps, infonce", "eps, hex", "uniform, D = dim", "uniform, D = RankMe",
-            "D of eps")
-    return table(head, rows) if rows else ""
+            if infonce[epoch] and ours[epoch]:
+                gaps = [one - other for one, other in zip(ours[epoch], infonce[epoch])]
+                half = (t_within(1 - LEVEL, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
+                        if len(gaps) >= FEWEST else math.nan)
+                rows.append([where(data, flags), str(len(seeds)), str(epoch), f"{mean(infonce[epoch]):.3f}",
+                             f"{mean(ours[epoch]):.3f}", f"{mean(gaps):+.4f} ± {half:.4f}",
+                             uniform.dimension(mean(infonce[epoch]))])
+    head = ("data", "n", "epoch", "eps, infonce", "eps, hex", "difference, 95 %", "D of eps")
+    return table(head, rows) + "\n" if rows else ""
+
+
+def uniformity_table(mechanism, uniform):
+    rows, seen = [], set()
+    for line in mechanism:
+        if line["kind"] == "batch" and line["quantile"] == uniform.quantile and key(line) not in seen:
+            seen.add(key(line))
+            alone = uniform.threshold(line["dimension"])
+            rows.append([where(line["data"], line["flags"]), f"`{line['arm']}`", f"{line['dimension']:.1f}",
+                         f"{alone:.3f}", f"{line['threshold']:.3f}"])
+    head = ("data", "trained by", "D", "eps of uniform points in D", "eps")
+    return table(head, rows) + "\n" if rows else ""
 
 
 def mechanism_tables(mechanism):
@@ -400,8 +417,11 @@ def mechanism_tables(mechanism):
     shares = [f"its share, tau {tau}" for tau in SETTINGS["temperature"]]
     out.append("What H(i) is, and which share of InfoNCE's denominator it has, by temperature:\n\n" + table(
         ("data", "trained by", "q", "eps", "mean H", "same class", "chance", *shares), rows) + "\n")
-    figures = dict(share_hex=3, clamped=2, gradient_cosine=4, gradient_ratio=2)             # and their digits
-    head = ("tau", "q", "tau_plus", "share, InfoNCE", "share, HEX", "floor", "cosine", "ratio of norms")
+    for line in batch:
+        r, cosine = line["gradient_ratio"], line["gradient_cosine"]
+        line["apart"] = math.sqrt(max(0, 1 + r * r - 2 * r * cosine))
+    figures = dict(share_hex=3, clamped=2, gradient_cosine=4, gradient_ratio=2, apart=3)    # and their digits
+    head = ("tau", "q", "tau_plus", "share, InfoNCE", "share, HEX", "floor", "cosine", "ratio", "apart")
     outer = [SETTINGS[name] for name in ("temperature", "quantile", "tau_plus")]
     betas = " / ".join(map(str, SETTINGS["beta"]))
     for group in trained:
@@ -505,7 +525,7 @@ def draw_arms(groups):
     return "arms.png"
 
 
-def draw_curves(groups, uniform):
+def draw_curves(groups):
     """Threshold, purity, k-NN over epochs, infonce and hex: means over the seeds that both have."""
     shown = [(*each, seeds) for each in TRAINED if (seeds := common_seeds(groups, *each, PAIR))]
     if not shown:
@@ -513,21 +533,19 @@ def draw_curves(groups, uniform):
     width, height = 300, 200
     picture = Picture(3 * width, height * len(shown) + 80)
     for i, (data, flags, seeds) in enumerate(shown):
-        curve = {(arm, name): list(enumerate(at_epochs(groups, data, flags, arm, name, seeds)))
-                 for arm in PAIR for name in ("threshold", "purity", "chance", "knn", "rankme")}
+        curve = {(arm, name): [(epoch, each and mean(each)) for epoch, each in enumerate(
+                     at_epochs(groups, data, flags, arm, name, seeds))]
+                 for arm in PAIR for name in ("threshold", "purity", "chance", "knn")}
         series = {name: [(curve[arm, name], color_of(arm), False) for arm in PAIR]
                   for name in ("threshold", "purity", "knn")}
         series["purity"].append((curve["infonce", "chance"], GRAY, True))
-        if uniform.known:
-            alone = [(x, y and uniform.threshold(y)) for x, y in curve["infonce", "rankme"]]
-            series["threshold"].append((alone, GRAY, True))
         titles = f"{data}, n {len(seeds)}: threshold", "same-class share of H", "k-NN on a subset, %"
         for column, (title, lines) in enumerate(zip(titles, series.values())):
             x, y = column * width, i * height
             panel(picture, (x, y, x + width, y + height), title, lines)
     legend(picture, 44, height * len(shown) + 16, [
         *((arm, color_of(arm), False) for arm in PAIR),
-        ("threshold: of points spread uniformly in D = RankMe; share: by chance", GRAY, True)])
+        ("by chance", GRAY, True)])
     picture.save(os.path.join(HERE, "curves.png"))
     return "curves.png"
 
@@ -546,27 +564,37 @@ def provenance(lines, words):
 
 
 REPETITION_TEXT = """\
-`hex` - `infonce` once more, on 20,000 train and 5,000 val pictures of the same data sets, none of which is
-among the first (`pictures.py`); all else as before. In brackets 95 % intervals, as above; those of the gap
-between the two differences and of their mean by Welch's t, the wider of the two ways.
+`hex` - `infonce` once more, on other pictures of the same data sets (`pictures.py`): none is among the first,
+train or val; near-duplicates may be. PNG instead of JPEG, {counts}; all else as before. In brackets 95 %
+intervals, as above; those of the gap between the two differences and of their mean take the two for
+independent (they share the seeds, so the first weights and the order): t, degrees of freedom by Welch, the
+wider of the two ways.
 """
 RUN_TEXT = """\
 Linear probe and k-NN on val, and the probe on its holdout of train (the best of nine rates, so a little too
-high), in percent: mean ± standard deviation over n seeds. The rest: means after the last epoch; *empty* and
-*floor*: shares of anchors over its steps.
+high), in percent: mean ± standard deviation over n seeds. The rest: means after the last epoch, on pictures
+of the train split; eps, mean H and the same-class share of H at the arm's own quantile, so not comparable
+where that differs. *Empty* (share of anchors without H) and *floor* (of those with one): over the logged
+steps of the last epoch. Seconds: of the whole run, two side by side; of resumed runs none.
+`random`: an untrained backbone; `pixels`: no backbone.
 """
 MECHANISM_TEXT = """\
-On one fixed batch of 256 train pictures (512 embeddings), seed 0. Shares by autograd: tau dl_i / ds_ij,
-summed over H(i), is its share of the anchor's denominator (0 at the floor). Cosine and ratio: HEX's
-gradient in the embeddings against InfoNCE's. On the models that `hex` trained: in the raw lines.
+On one fixed batch of 256 train pictures (512 embeddings), seed 0, after training. Shares by autograd: tau
+dl_i / ds_ij, summed over H(i), is its share of the anchor's denominator (0 at the floor; it may pass 1, where
+the positive's weight is negative). HEX's gradient in the embeddings against InfoNCE's: cosine, ratio of the
+norms, and *apart*, the norm of their difference over that of InfoNCE's. On the models that `hex` trained: in
+the raw lines.
+"""
+THRESHOLD_TEXT = """\
+On one fixed batch, mean over seeds; the difference, `hex` less `infonce`, with its t interval over seeds.
+*D of eps*: the dimension in which 512 points, spread uniformly on the sphere, have `infonce`'s threshold
+(simulated: normal deviates, normalized, mean of 20 draws; interpolated in log D).
 """
 UNIFORM_TEXT = """\
-The threshold beside that of 512 points spread uniformly on the sphere in D dimensions (simulated: normal
-deviates, normalized, mean of 20 draws; interpolated in log D). RankMe: the effective rank of the backbone's
-features. Last column: the D in which uniform points have `infonce`'s threshold.
+The mechanism's batch. D is 1 over the mean squared cosine of its negatives: of points spread uniformly on the
+sphere, the dimension. If their spread were all, eps would be that of uniform points in D dimensions; what is
+above it is a longer tail, of pictures that lie closer together than the spread makes them.
 """
-
-
 PERFORMANCE_TEXT = """\
 By `peers.py`, on {cpus}, torch {versions}; `hex.py` of code {codes}. Medians over the turns of a run, one
 thread; in a turn all take their turn, so a ratio means more than a time. Several runs: their least and
@@ -593,12 +621,16 @@ def main():
 
     add("Differences", comparison_tables(made, judged) if made else "")
     add_plot(draw_differences(judged), "differences in top-1 with their intervals")
-    add("On other pictures", REPETITION_TEXT, repetition_table(judged))
+    counts = {line["probe"]["val"] for line in lines if line["data"].endswith(OTHER)}
+    counts = " and ".join(f"{count:,}" for count in sorted(counts, reverse=True)) + " val pictures"
+    add("On other pictures", REPETITION_TEXT.format(counts=counts), repetition_table(judged))
     add("Runs", RUN_TEXT, run_table(groups) + "\n" if lines else "")
     add_plot(draw_arms(groups), "top-1 of each seed, the same seeds for all arms")
     add("The mechanism", MECHANISM_TEXT, mechanism_tables(mechanism))
-    add("Is it uniformity alone?", UNIFORM_TEXT, uniformity_table(groups, uniform))
-    add_plot(draw_curves(groups, uniform), "threshold, same-class share and k-NN over epochs")
+    if uniform.known:
+        add("Threshold over epochs", THRESHOLD_TEXT, threshold_table(groups, uniform))
+        add("Is it uniformity alone?", UNIFORM_TEXT, uniformity_table(mechanism, uniform))
+    add_plot(draw_curves(groups), "threshold, same-class share and k-NN over epochs")
     timed = read_events(PERFORMANCE)
     names = {name: ", ".join(dict.fromkeys(line[key][:16] for line in timed))
              for name, key in (("cpus", "cpu"), ("versions", "torch"), ("codes", "code"))}

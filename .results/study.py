@@ -10,12 +10,14 @@ not made again by the same hex.py. The mechanism is in mechanism.jsonl. report.p
 the two.
 
 Where hex.py has changed since, but should compute the same, `--again N` makes the first N runs of each recipe
-again: if all figures are those of the older lines, that recipe's count on; else all is to be made anew.
+again: if all figures are those of the older lines, that recipe's lines of these arms count on; else all is to
+be made anew.
 """
 import argparse
 import ctypes
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -82,13 +84,19 @@ STUDY = [Row(*row) for row in (
     ("sharp",     "cifar100",        "--temperature 0.05",               PAIR,         3),
 )]
 MAIN = ("pair", "pair-many")                # the main question, hex against infonce, is asked of these
-FOLDERS = [*dict.fromkeys(row.data for row in STUDY if row.data != "shapes")]
 PARTS = [*dict.fromkeys(row.part for row in STUDY), "mechanism"]
 
 # The mechanism: HEX against InfoNCE in all these settings, on models trained so (both of PAIR, seed 0).
 TRAINED = (("shapes", ""), ("cifar10", "--temperature 0.1"), ("cifar100", "--temperature 0.1"))
 SETTINGS = dict(temperature=(0.05, 0.1, 0.2), quantile=(0.9, 0.99), beta=(0, 1, 4), tau_plus=(0, 0.01, 0.1))
 DIMENSIONS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+# Of the folders' files, as README.md says: other pictures would be another study.
+DIGESTS = {
+    "cifar10": "73e09c0ca812e1e11c88120b912821751144c84fc3eff5b022df1342f9b97e88",
+    "cifar100": "3cad1578c4c0697b51a4353728f788bb1c61838221c65a4640880828f861cd26",
+    "cifar10-other": "dc05ed8ab5e4564a6642d7bb3c85b36c8d5a5a26bc51a2990841383f93981739",
+    "cifar100-other": "a709406f8237cffb84a85b7c2c2340934f278d0a3c7a93357eacad0544dc8cf3"}
 
 Run = namedtuple("Run", "part data flags arm seed")
 
@@ -104,6 +112,14 @@ def listed(rows):
                     run = Run(row.part, row.data, row.flags, arm, seed)
                     runs.setdefault(run[1:], run)
     return list(runs.values())
+
+
+def digest(root):
+    """SHA-256 of the sorted SHA-256 of all files, a line each."""
+    found = [os.path.join(folder, name) for split in ("train", "val")
+             for folder, _, names in os.walk(os.path.join(root, split)) for name in names]
+    each = sorted(hashlib.sha256(open(path, "rb").read()).hexdigest() + "\n" for path in found)
+    return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def needed_by_mechanism():
@@ -143,22 +159,27 @@ def key(line):
 
 
 def recipe_of(line):
-    """Of a run or a line; the mechanism's lines of uniform points, which have no data, go with small."""
-    return "shapes" if line.get("data") == "shapes" else "small"
+    return "shapes" if line["data"] == "shapes" else "small"
+
+
+def kind_of(line):
+    return line["code"], recipe_of(line), line["arm"]
 
 
 def same_numbers(lines, code):
-    """{(code, recipe)} that count with this code: both made a run of the recipe, with every figure equal."""
+    """{(code, recipe, arm)} that count with this code: both made such a run, with every figure equal."""
     figures = {}
     for line in lines:
-        group = figures.setdefault((line["code"], recipe_of(line)), {})
-        group[key(line)] = line["config"], line["probe"], line["epochs"]
-    same = {(code, "shapes"), (code, "small")}
-    for (other, recipe), theirs in figures.items():
-        mine = figures.get((code, recipe), {})
+        group = figures.setdefault(kind_of(line), {})
+        made = line["config"], line["probe"], line["epochs"]
+        if group.setdefault(key(line), made) != made:
+            raise SystemExit(f"runs.jsonl: two lines of {key(line)} by one code differ; take one out")
+    same = set()
+    for (other, *kind), theirs in figures.items():
+        mine = figures.get((code, *kind), {})
         both = mine.keys() & theirs.keys()
         if both and all(mine[each] == theirs[each] for each in both):
-            same.add((other, recipe))
+            same.add((other, *kind))
     return same
 
 
@@ -319,7 +340,8 @@ def compare(hx, a, b, labels, temperature, quantile, beta, tau_plus):
     cosine, *rest = hx.similarities(a, b, temperature)
     image, labels = torch.arange(len(a)).repeat(2), labels.repeat(2)
     same, negative = labels[:, None] == labels, image[:, None] != image
-    out = dict(stats, purity=same[local].double().mean(), chance=same[negative].double().mean())
+    out = dict(stats, purity=same[local].double().mean(), chance=same[negative].double().mean(),
+               dimension=1 / cosine[negative].square().mean())          # of uniform points: D
     gradients = {}
     for name, loss in losses.items():
         x, y = (each.clone().requires_grad_() for each in (a, b))
@@ -345,16 +367,16 @@ def uniform_thresholds(hx, quantile, points=512, draws=20):
     return out
 
 
-def settings_left(same):
+def settings_left(code):
     """{run: settings in which mechanism.jsonl does not have it yet}."""
     there = {(*key(line), *(line[name] for name in SETTINGS)) for line in read_events(MECHANISM)
-             if line["kind"] == "batch" and (line["code"], recipe_of(line)) in same}
+             if line["kind"] == "batch" and line["code"] == code}
     left = {run: [each for each in itertools.product(*SETTINGS.values()) if (*run[1:], *each) not in there]
             for run in needed_by_mechanism()}
     return {run: settings for run, settings in left.items() if settings}
 
 
-def mechanism(roots, workdir, code, same, queue):
+def mechanism(roots, workdir, code, queue):
     """Appends what mechanism.jsonl lacks and can be had; ends early if the queue is told to stop."""
     import torch
     torch.set_num_threads(1)
@@ -364,7 +386,7 @@ def mechanism(roots, workdir, code, same, queue):
                    for line in lines):
             append(MECHANISM, [dict(kind="uniform", code=code, quantile=quantile, points=512,
                                     thresholds=uniform_thresholds(hx, quantile))])
-    for run, settings in settings_left(same).items():
+    for run, settings in settings_left(code).items():
         out = folder(run, workdir)
         if queue.stopped or run.data not in roots or not os.path.exists(os.path.join(out, "checkpoint.pt")):
             continue
@@ -383,7 +405,7 @@ def mechanism(roots, workdir, code, same, queue):
 
 def main():
     parser = argparse.ArgumentParser(description="Makes the runs of the study that are not there yet.")
-    for name in FOLDERS:
+    for name in DIGESTS:
         parser.add_argument("--" + name, metavar="DIR", help="DIR/{train,val}/<class>/*")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--workdir", default="runs/study", metavar="DIR", help="for the runs [runs/study]")
@@ -393,11 +415,11 @@ def main():
     args = parser.parse_args()
     parts, workdir, code = args.only or PARTS, os.path.abspath(args.workdir), code_now()
     runs = listed(row for row in STUDY if row.part in parts)
-    given = {name: getattr(args, name.replace("-", "_")) for name in FOLDERS}
+    given = {name: getattr(args, name.replace("-", "_")) for name in DIGESTS}
     roots = {"shapes": None} | {name: os.path.abspath(root) for name, root in given.items() if root}
     lines = read_events(RUNS)
     same = same_numbers(lines, code)
-    there = {key(line) for line in lines if (line["code"], recipe_of(line)) in same}
+    there = {key(line) for line in lines if kind_of(line) in same}
     again = [run for each in ("shapes", "small")
              for run in [run for run in runs if recipe_of(run._asdict()) == each][:args.again]]
     there -= {run[1:] for run in again} - {key(line) for line in lines if line["code"] == code}
@@ -405,6 +427,10 @@ def main():
         for run in runs:
             print("there" if run[1:] in there else "     ", *arguments(run, {run.data: run.data}))
         return 0
+    for name, root in roots.items():
+        if root and any(run.data == name for run in runs) and digest(root) != DIGESTS[name]:
+            parser.error(f"--{name} {root}: other files than README.md's; give those, or put "
+                         "their digest into DIGESTS and begin a runs.jsonl of your own")
     os.makedirs(workdir, exist_ok=True)
     lock = open(RUNS, "a")
     try:
@@ -441,16 +467,17 @@ def main():
     failed = queue([run for run in again or runs if run.data in roots and run[1:] not in there], finished)
     if again:
         same = same_numbers(read_events(RUNS), code)
-        print("study.py: the same figures: ", *(f"{each[:16]} {recipe}" for each, recipe in sorted(same)))
+        for each, *kind in sorted(same):
+            print("study.py: the same figures:", each[:16], *kind)
         return 75 if queue.stopped else 1 if failed else 0
     if "mechanism" in parts and not queue.stopped:
-        lost = [run for run in settings_left(same) if run.data in roots
+        lost = [run for run in settings_left(code) if run.data in roots
                 and not os.path.exists(os.path.join(folder(run, workdir), "checkpoint.pt"))]
         for run in lost:
             shutil.rmtree(folder(run, workdir), ignore_errors=True)
         failed += queue(lost, finished)
         if not queue.stopped:
-            mechanism(roots, workdir, code, same, queue)
+            mechanism(roots, workdir, code, queue)
     return 75 if queue.stopped else 1 if failed else 0
 
 
