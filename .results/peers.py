@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Times against what users would pick instead, in turns within one run. From the top folder:
 
-    OMP_NUM_THREADS=1 python .results/peers.py loss --solo DIR --lightly DIR --authors DIR
-    OMP_NUM_THREADS=1 python .results/peers.py memory
-    OMP_NUM_THREADS=1 python .results/peers.py lars
-    OMP_NUM_THREADS=1 python .results/peers.py data --root DIR
+    python .results/peers.py loss --solo DIR --lightly DIR --authors DIR
+    python .results/peers.py memory
+    python .results/peers.py lars
+    python .results/peers.py data --root DIR
 
 loss: clones of github.com/vturrisi/solo-learn, lightly-ai/lightly and olivesgatech/HEX; lightly needs its own
 requirements (torch and torchvision do for its loss). data: any folder of class folders of JPEGs, named by
@@ -26,6 +26,7 @@ from study import PERFORMANCE, append, code_now, cpu, hex_module
 from torchvision import transforms
 
 hx = hex_module()
+torch.set_num_threads(1)
 
 
 def keep(part, of, **figures):

@@ -4,10 +4,10 @@
     python .results/pictures.py --all DIR --used DIR --out DIR
 
 --all holds the whole data set, {train,test}/<class>/*, --used the first study's, {train,val}/<class>/*. Takes
-for --out/train and --out/val as many a class from train and test, but none that --used has: those whose mean
-squared difference from every used picture of the class (8-bit RGB) is above 20. JPEG, as the used pictures
-may be, is off by less. In the order of the SHA-256 of their pixels, so that neither file names nor formats
-matter. Prints a digest: the SHA-256 of the chosen ones' SHA-256, sorted, a line each.
+for --out/train and --out/val as many a class from train and test as --used has, or all that are left, but
+none of its pictures: none whose mean squared difference from a used one of the class (8-bit RGB) is 20 or
+less, which compression alone may make. In the order of the SHA-256 of their pixels; files are copied as they
+are.
 """
 import argparse
 import hashlib
@@ -38,23 +38,20 @@ def main():
     for name in ("--all", "--used", "--out"):
         parser.add_argument(name, required=True, metavar="DIR")
     args = parser.parse_args()
-    chosen = []
+    count = dict(train=0, val=0)
     for name in sorted(os.listdir(os.path.join(args.used, "train"))):
         used = {split: read(os.path.join(args.used, split, name))[1] for split in ("train", "val")}
         for split, source in (("train", "train"), ("val", "test")):
             paths, pixels = read(os.path.join(args.all, source, name))
             free = unlike(pixels, np.concatenate([*used.values()]))
-            found = sorted((hashlib.sha256(each.tobytes()).hexdigest(), path)
-                           for path, each, ok in zip(paths, pixels, free) if ok)[:len(used[split])]
+            free = sorted((hashlib.sha256(each.tobytes()).hexdigest(), path)
+                          for path, each, other in zip(paths, pixels, free) if other)
             target = os.path.join(args.out, split, name)
             os.makedirs(target)
-            for digest, path in found:
+            for _, path in free[:len(used[split])]:
                 shutil.copy(path, target)
-                chosen.append((split, digest))
-    for split in ("train", "val"):
-        digests = sorted(digest for each, digest in chosen if each == split)
-        whole = hashlib.sha256("".join(each + "\n" for each in digests).encode()).hexdigest()
-        print(f"{split}: {len(digests)} pictures, {whole}")
+                count[split] += 1
+    print(count)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def load():
     runs = {key(line): line for line in counted}                            # its own come last, and stay
     mechanism = read_events(MECHANISM)
     mechanism = [line for line in mechanism if line["code"] == mechanism[-1]["code"]]
-    words = [f"{len(runs)} runs. The `hex.py` of code `{str(code)[:16]}` (`code` in a run's config.json) made "
-             f"{sum(line['code'] == code for line in counted)}."]
+    own = sum(line["code"] == code for line in counted)
+    words = [f"{len(runs)} runs. The `hex.py` of code `{str(code)[:16]}` (`code` in config.json) made {own}."]
     for other in sorted({line["code"] for line in counted} - {code}):
         theirs = {key(line) for line in counted if line["code"] == other}
         both = {key(line) for line in counted if line["code"] == code} & theirs
@@ -565,10 +565,10 @@ def provenance(lines, words):
 
 REPETITION_TEXT = """\
 `hex` - `infonce` once more, on other pictures of the same data sets (`pictures.py`): none is among the first,
-train or val; near-duplicates may be. PNG instead of JPEG, {counts}; all else as before. In brackets 95 %
-intervals, as above; those of the gap between the two differences and of their mean take the two for
-independent (they share the seeds, so the first weights and the order): t, degrees of freedom by Welch, the
-wider of the two ways.
+train or val; near-duplicates may be. PNG instead of JPEG, {counts}; all else as before. In
+brackets 95 % intervals, as above; those of the gap between the two differences and of their mean take the two
+for independent (they share the seeds, so the first weights and the order): t, degrees of freedom by Welch,
+the wider of the two ways.
 """
 RUN_TEXT = """\
 Linear probe and k-NN on val, and the probe on its holdout of train (the best of nine rates, so a little too
@@ -596,11 +596,11 @@ sphere, the dimension. If their spread were all, eps would be that of uniform po
 above it is a longer tail, of pictures that lie closer together than the spread makes them.
 """
 PERFORMANCE_TEXT = """\
-By `peers.py`, on {cpus}, torch {versions}; `hex.py` of code {codes}. Medians over the turns of a run, one
-thread; in a turn all take their turn, so a ratio means more than a time. Several runs: their least and
-largest ratio. *loss*: forward and backward, D = 128, milliseconds. *memory*: the peak, in n^2 float32.
-*lars*: a step. *data*: decoding alone; two views of 224 pixels; Pillow's with torchvision's transforms, which
-do the colour, too, while ours wait for the device. Milliseconds for all files.
+By `peers.py`, one thread, on {cpus}, torch {versions}; `hex.py` of code {codes}. Medians over
+the turns of a run; in a turn all take their turn, so a ratio means more than a time. Several runs: their
+least and largest ratio. *loss*: forward and backward, D = 128, milliseconds. *memory*: the peak, in n^2
+float32. *lars*: a step. *data*: decoding alone; two views of 224 pixels; Pillow's with torchvision's
+transforms, which do the colour, too, while ours wait for the device. Milliseconds for all files.
 """
 
 
