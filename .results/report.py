@@ -380,11 +380,12 @@ def threshold_table(groups, uniform):
         for epoch in sorted({0, round(last / 4), round(last / 2), last}):
             if infonce[epoch] and ours[epoch]:
                 gaps = [one - other for one, other in zip(ours[epoch], infonce[epoch])]
-                half = (t_within(1 - LEVEL, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
-                        if len(gaps) >= FEWEST else math.nan)
+                shown = f"{mean(gaps):+.4f}"
+                if len(gaps) >= FEWEST:
+                    half = t_within(1 - LEVEL, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
+                    shown += f" ± {half:.4f}"
                 rows.append([where(data, flags), str(len(seeds)), str(epoch), f"{mean(infonce[epoch]):.3f}",
-                             f"{mean(ours[epoch]):.3f}", f"{mean(gaps):+.4f} ± {half:.4f}",
-                             uniform.dimension(mean(infonce[epoch]))])
+                             f"{mean(ours[epoch]):.3f}", shown, uniform.dimension(mean(infonce[epoch]))])
     head = ("data", "n", "epoch", "eps, infonce", "eps, hex", "difference, 95 %", "D of eps")
     return table(head, rows) + "\n" if rows else ""
 
