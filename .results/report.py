@@ -79,7 +79,14 @@ def references(arm):
         return ()
     if arm == "released":
         return "infonce", "dcl"
+    if "--tau-plus" in arm:
+        return "infonce", "hex"
     return ("dcl",) if "--decoupled" in arm else ("infonce",)
+
+
+def planned(row, arm):
+    """The most seeds that any part plans for this arm."""
+    return max(each.seeds for each in STUDY if each[1:3] == row[1:3] and arm in each.arms)
 
 
 def right(line, measure):
@@ -274,7 +281,7 @@ def comparison_tables(made, judged):
         for each in made:
             if each.row.part == part:
                 row = [where(*each.row[1:3]), str(each), MEASURES[each.measure][0] + " (main)" * each.main,
-                       f"{each.n} / {each.row.seeds}", f"{each.difference:+.2f}"]
+                       f"{each.n} / {planned(each.row, each.arm)}", f"{each.difference:+.2f}"]
                 if each.holm is not None:
                     row += [f"**{each.interval[0]:+.2f} to {each.interval[1]:+.2f}**"]
                     row += ["{:+.2f} to {:+.2f}".format(*each.ways[name].interval) for name in WAYS]
