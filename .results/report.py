@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import os
+import re
 from statistics import mean, median, stdev
 
 import numpy as np
@@ -75,14 +76,15 @@ def table_of(lines):
 
 
 def references(arm):
-    """What an arm is measured against."""
+    """What an arm is measured against; one with another tau_plus against itself with the default's, too."""
     if arm in ("infonce", "random", "pixels"):
         return ()
     if arm == "released":
         return "infonce", "dcl"
-    if "--tau-plus" in arm:
-        return "infonce", "hex"
-    return ("dcl",) if "--decoupled" in arm else ("infonce",)
+    if "--decoupled" in arm:
+        return ("dcl",)
+    default = re.sub(" --tau-plus [^ ]+", "", arm)
+    return ("infonce",) if default == arm else ("infonce", default)
 
 
 def planned(row, arm):

@@ -50,6 +50,9 @@ SPARED_20 = ("infonce", "hex --tau-plus 0.2")
 SPARED = ("infonce", "hex --tau-plus 0", "released")
 RANDOM, PIXELS = ("random",), ("pixels",)
 STRONG = ("infonce", "hex --quantile 0.9 --beta 4")
+# Which of the two settings does it, and does debiasing undo it? H's same-class share on shapes is 0.33 then.
+KNOBS = (*STRONG, "hex --quantile 0.9", "hex --beta 4",
+         *(f"{STRONG[1]} --tau-plus {tau_plus}" for tau_plus in (0, 0.3)))
 
 Row = namedtuple("Row", "part data flags arms seeds")
 STUDY = [Row(*row) for row in (
@@ -64,6 +67,7 @@ STUDY = [Row(*row) for row in (
     ("strong",    "shapes",          "",                                 STRONG,       10),
     ("spared",    "cifar100",        "--temperature 0.1",                SPARED,       3),
     ("spared",    "shapes",          "",                                 SPARED_70,    10),
+    ("knobs",     "shapes",          "",                                 KNOBS,        10),
     ("floor",     "shapes",          "",                                 RANDOM,       3),
     ("floor",     "cifar10",         "",                                 RANDOM,       3),
     ("floor",     "cifar100",        "",                                 RANDOM,       3),
