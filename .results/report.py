@@ -259,10 +259,11 @@ of 12 on shapes, the first two of 15 on CIFAR are InfoNCE in both arms. The 95 %
 Each is an interval by itself, not all of them together. p is the larger of the same two tests' (two-sided).
 The main question is `hex` against `infonce` in top-1 on three data sets ({main} judged so far, Holm's
 correction among them). It was fixed when shapes' runs were known and, of CIFAR, one earlier pair; CIFAR's
-was looked at after three of five seeds, and `other` and `strong` were then made before the rest. All else
-is exploratory ({rest} judged, Holm among them). *Could have seen*: roughly the smallest true difference that
-{power:.0f} % of such studies find, at the 5 % level / at the first step of Holm's, if the true errors are
-those estimated here, and an error from three seeds is a rough estimate. That a difference is not told from
+was looked at after three, four and five seeds, and no seed was left out or added. All else is exploratory
+({rest} judged, Holm among them); each part was planned before its own runs, `knobs` because of what `strong`
+showed on shapes. *Could have seen*: roughly the smallest true difference that {power:.0f} % of such studies
+find, at the 5 % level / at the first step of Holm's, if the true errors are those estimated here, and an
+error from three seeds is a rough estimate. That a difference is not told from
 0 is no evidence that it is 0: the interval says what it may be.
 """
 

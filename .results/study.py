@@ -50,7 +50,8 @@ SPARED_20 = ("infonce", "hex --tau-plus 0.2")
 SPARED = ("infonce", "hex --tau-plus 0", "released")
 RANDOM, PIXELS = ("random",), ("pixels",)
 STRONG = ("infonce", "hex --quantile 0.9 --beta 4")
-# Which of the two settings does it, and does debiasing undo it? H's same-class share on shapes is 0.33 then.
+# STRONG hurts on shapes: by which of its two settings, and does debiasing undo it? H's same-class share there
+# is 0.33.
 KNOBS = (*STRONG, "hex --quantile 0.9", "hex --beta 4",
          *(f"{STRONG[1]} --tau-plus {tau_plus}" for tau_plus in (0, 0.3)))
 
