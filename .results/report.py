@@ -450,8 +450,9 @@ def mechanism_tables(mechanism):
     for line in batch:
         r, cosine = line["gradient_ratio"], line["gradient_cosine"]
         line["apart"] = math.sqrt(max(0, 1 + r * r - 2 * r * cosine))
-    figures = dict(share_hex=3, clamped=2, gradient_cosine=4, gradient_ratio=2, apart=3)    # and their digits
-    head = ("tau", "q", "tau_plus", "share, InfoNCE", "share, HEX", "floor", "cosine", "ratio", "apart")
+    figures = dict(share_hex=3, same_hex=2, clamped=2, gradient_cosine=4, gradient_ratio=2, apart=3)  # digits
+    head = ("tau", "q", "tau_plus", "share, InfoNCE", "share, HEX", "same class", "floor", "cosine", "ratio",
+            "apart")
     outer = [SETTINGS[name] for name in ("temperature", "quantile", "tau_plus")]
     betas = " / ".join(map(str, SETTINGS["beta"]))
     for group in trained:
@@ -621,8 +622,9 @@ steps of the last epoch. Seconds: of the whole run, two side by side; of resumed
 MECHANISM_TEXT = """\
 On one fixed batch of 256 train pictures (512 embeddings), seed 0, after training. Shares by autograd: tau
 dl_i / ds_ij, summed over H(i), is its share of the anchor's denominator (0 at the floor; it may pass 1, where
-the positive's weight is negative). HEX's gradient in the embeddings against InfoNCE's: cosine, ratio of the
-norms, and *apart*, the norm of their difference over that of InfoNCE's. On the models that `hex` trained: in
+the positive's weight is negative); *same class*, under HEX: which part of that is of the anchor's class, so
+meets it instead of others. HEX's gradient in the embeddings against InfoNCE's: cosine, ratio of the norms,
+and *apart*, the norm of their difference over that of InfoNCE's. On the models that `hex` trained: in
 the raw lines.
 """
 THRESHOLD_TEXT = """\

@@ -361,6 +361,7 @@ def compare(hx, a, b, labels, temperature, quantile, beta, tau_plus):
         with mock.patch.object(hx, "similarities", lambda *_, leaf=leaf: (leaf, *rest)):
             share = temperature * len(leaf) * torch.autograd.grad(loss(a, b), leaf)[0]
         out["share_" + name] = (share * local).sum(1).mean()
+        out["same_" + name] = (share * (local & same)).sum() / (share * local).sum()
     out["gradient_cosine"] = F.cosine_similarity(gradients["infonce"], gradients["hex"], 0)
     out["gradient_ratio"] = gradients["hex"].norm() / gradients["infonce"].norm()
     return {name: round(float(value), 5) for name, value in out.items()}
