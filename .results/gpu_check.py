@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What only a GPU can tell, in ten minutes of one. From the top folder:
 
-    python .results/gpu_check.py [nccl values overflow syncs pieces two whole bench]
+    python .results/gpu_check.py [nccl same values overflow resume syncs pieces two whole bench]
     DEV=cpu python .results/gpu_check.py           what of it a CPU can run, with small sizes
 
 Each part prints its figures, with the card, the version of PyTorch and the date; status 1: a part failed.
+PyTorch 2.11 lacks two names of 2.14's: put PYTHONPATH=.results/torch_2_11 before the command.
 """
 import collections
 import datetime
@@ -12,6 +13,7 @@ import io
 import json
 import linecache
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,14 +46,14 @@ def folder():
     return tempfile.mkdtemp(dir=TEMPORARY)
 
 
-def train(argv, pictures=256, *, device=DEV, scale=256.0, out=None):
-    """A whole run, on so many embedded pictures -> its folder. scale: fp16's first."""
+def train(argv, pictures=256, *, device=DEV, scale=256.0, out=None, ends=0):
+    """A whole run, on so many embedded pictures -> its folder. scale: fp16's first. ends: its status."""
     out, draw = out or os.path.join(folder(), "run"), hx.draw_shapes
     with redirect_stdout(io.StringIO()), \
             mock.patch.object(hx, "draw_shapes", lambda n, seed: draw({4096: pictures, 1024: 48}[n], seed)), \
             mock.patch.object(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=scale)):
         status = hx.main([*argv, "--device", device, "--out", out])
-    assert status == 0, f"status {status} of {' '.join(argv)}"
+    assert status == ends, f"status {status} of {' '.join(argv)}"
     return out
 
 
@@ -110,6 +112,43 @@ def nccl():
     print("  broadcast and all_reduce of a scalar, barrier, a step of DDP: fine")
 
 
+def same():
+    """Losses and gradients, in float64 and float32, and augmented views, against the CPU's in float64."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 256, 64, dtype=torch.float64, generator=generator)
+    z[1] = z[0] + 0.5 * z[1]                                    # positives that are alike
+    z[:, 128:] = z[:, :128] + 0.3 * z[:, 128:]                  # and neighbours
+    losses = dict(info_nce=hx.info_nce, dcl=hx.dcl)
+    options = dict(hex_nce={}, floor=dict(tau_plus=0.7), decoupled=dict(decoupled=True),
+                   none=dict(threshold=1.1), released=dict(released=True),
+                   cosine=dict(threshold=hx.CosineThreshold()))
+    for name, more in options.items():
+        losses[name] = lambda a, b, more=more: hx.hex_nce(a, b, **more)[0]
+    for name, loss in losses.items():
+        found = []
+        for device, dtype in (("cpu", torch.float64), (DEV, torch.float64), (DEV, torch.float32)):
+            x = z.clone().to(device, dtype).detach().requires_grad_()
+            value = loss(*x)
+            value.backward()
+            found.append((value.detach().cpu().double(), x.grad.cpu().double()))
+        truth, *others = found
+        off = [((a - b).norm() / b.norm()).item() for other in others for a, b in zip(other, truth)]
+        print(f"  {name:10}value, gradient apart: float64 {off[0]:.0e}, {off[1]:.0e}; "
+              f"float32 {off[-2]:.0e}, {off[-1]:.0e}")
+        assert max(off[:2]) < 1e-12 and max(off[-2:]) < 1e-3, "too far from the CPU's"
+    crops = torch.randint(0, 256, (64, 3, 224, 224), dtype=torch.uint8, generator=generator)
+    cfg, _ = hx.parse(["--device", "cpu"])
+    views = hx.Views(hx.draw_shapes(64, 0), cfg)
+    parameters = torch.stack([views[0, i][1][0] for i in range(64)])
+    parameters[:, 6], parameters[:, 7] = 2 * torch.rand(64, generator=generator), parameters[:, 0]
+    here, there = (hx.augment(crops.to(device), parameters.to(device), blur=True, solarize=True).cpu()
+                   for device in ("cpu", DEV))
+    off = (here - there).abs()
+    share = (off > 0.01).double().mean()                        # solarize has an edge
+    print(f"  views, all operations: at most {off.max():.0e} apart, {share:.0e} of the values over 0.01")
+    assert share < 1e-4, "too far from the CPU's"
+
+
 def values():
     """The first four losses of each method in each precision, against the CPU's without autocast."""
     for method in hx.METHODS:
@@ -143,6 +182,28 @@ def overflow():
         print(f"  scale {scale:.2g} -> {after:.2g}; calls of after_step: {len(called)}; "
               f"weights as before: {as_before}; tensors with momentum: {momenta}")
         assert (after < scale, not called, as_before, not momenta) == (skipped,) * 4
+
+
+def resume():
+    """Ended by SIGTERM in step 3 and begun again, against a run without an end."""
+    for amp in ("off", "fp16"):
+        argv, rate = [*SHORT, "--amp", amp, "--lr", "0.01"], hx.learning_rate
+        straight, out = train(argv, 512), os.path.join(folder(), "run")
+
+        def ended(step, *more, rate=rate):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return rate(step, *more)
+
+        with mock.patch.object(hx, "learning_rate", ended):
+            train(argv, 512, out=out, ends=75)
+        before = len(steps(out))
+        train(argv, 512, out=out)
+        one, two = (torch.load(os.path.join(each, "backbone.pt")) for each in (straight, out))
+        off = max(((one[name] - two[name]).abs().max().item() for name in one), default=0)
+        print(f"  amp {amp}: {before} steps, then {len(steps(out))}; weights at most {off:.0e} apart, "
+              f"last loss {apart(losses(out)[-1:], losses(straight)[-1:]):.0e}")
+        assert before == 3 and len(steps(out)) == len(steps(straight)) and off < 1e-2, "not resumed"
 
 
 def syncs():
@@ -238,29 +299,31 @@ def draw_jpegs(names, distinct):
 
 def bench():
     """Images a second of the ImageNet recipe (ResNet-50, two views of 224 pixels), one loss a step, JPEGs in
-    the page cache: the last third of the steps, when what was read ahead is used up."""
+    the page cache: the last third of the steps, when what was read ahead is used up; no figures of epochs."""
     small, failed = ("" if GPU else "--recipe shapes --workers 1"), []
-    cases = [(256, ""), (256, "--workers 0"), (256, "--amp bf16"), (256, "--compile"), (32, ""),
-             (32, "--workers 0")] if GPU else [(8, ""), (8, "--workers 0"), (8, "--amp bf16")]
-    root = {batch: draw_jpegs(60 * batch, batch) for batch in dict(cases)}
-    for batch, case in cases:
-        argv = f"--data folder --root {root[batch]} --batch-size {batch} --epochs 1 --accumulate 1 --lr 0.01"
+    cases = [(256, 100, ""), (256, 60, "--amp bf16"), (256, 60, "--compile"), (32, 90, ""),
+             (32, 30, "--workers 0")] if GPU else [(8, 60, ""), (8, 60, "--workers 0"), (8, 60, "--amp bf16")]
+    for batch, count, case in cases:
+        root = draw_jpegs(count * batch, min(batch, 128))
+        argv = f"--data folder --root {root} --batch-size {batch} --epochs 1 --accumulate 1 --lr 0.01"
         start, peak = time.time(), peak_memory()
         try:
-            made = steps(train(f"{argv} --log-every 1 {small} {case}".split(), scale=2.0 ** 16))
+            with mock.patch.object(hx, "emergence", lambda *_: dict(std=1.0)):
+                made = steps(train(f"{argv} --log-every 1 {small} {case}".split(), scale=2.0 ** 16))
         except AssertionError as error:                         # as out of memory: the others may fit
             failed.append(str(error))
             continue
         last = made[-len(made) // 3:]
         speed, wait = (mean(each[name] for each in last) for name in ("images_per_second", "data_wait"))
-        print(f"  {batch} images {case}: {speed:.0f} a second, {wait:.0%} of the time waiting for data"
-              f"{f', peak {peak() / 2 ** 30:.1f} GiB' if GPU else ''} "
+        least = min((1 - each["data_wait"]) * batch / each["images_per_second"] for each in made)
+        print(f"  {batch} images {case}: {speed:.0f} a second, {wait:.0%} of the time waiting for data; "
+              f"a step without it {1e3 * least:.0f} ms{f', peak {peak() / 2 ** 30:.1f} GiB' if GPU else ''} "
               f"({len(made)} steps, {time.time() - start:.0f} s in all)", flush=True)
     assert not failed, failed
 
 
-PARTS = dict(nccl=nccl, values=values, overflow=overflow, syncs=syncs, pieces=pieces, two=two, whole=whole,
-             bench=bench)
+PARTS = dict(nccl=nccl, same=same, values=values, overflow=overflow, resume=resume, syncs=syncs,
+             pieces=pieces, two=two, whole=whole, bench=bench)
 
 if __name__ == "__main__":
     if GPU and not torch.cuda.is_available():

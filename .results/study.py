@@ -5,9 +5,9 @@
                              [--only PART ...] [--list] [--again N]
 
 DIR holds train/<class>/* and val/<class>/*; pictures.py makes the other ones. Two runs side by side, one
-thread each. Stop it at any time: the same command goes on. Each finished run is a line of runs.jsonl, and is
-not made again by the same hex.py. The mechanism is in mechanism.jsonl. report.py makes tables and plots from
-the two.
+thread each; those of the part gpu need one, and more of them fit (--only gpu --jobs 10). Stop it at any time:
+the same command goes on. Each finished run is a line of runs.jsonl, and is not made again by the same hex.py.
+The mechanism is in mechanism.jsonl. report.py makes tables and plots from the two.
 
 Where hex.py has changed since, but should compute the same, `--again N` makes the first N runs of each recipe
 again: if all figures are those of the older lines, that recipe's lines of these arms count on; else all is to
@@ -54,6 +54,7 @@ STRONG = ("infonce", "hex --quantile 0.9 --beta 4")
 # is 0.33.
 KNOBS = (*STRONG, "hex --quantile 0.9", "hex --beta 4",
          *(f"{STRONG[1]} --tau-plus {tau_plus}" for tau_plus in (0, 0.3)))
+GPU = "--recipe cifar --epochs 25 --probe-epochs 40 --device cuda"      # resnet18, autocast with fp16
 
 Row = namedtuple("Row", "part data flags arms seeds")
 STUDY = [Row(*row) for row in (
@@ -92,6 +93,7 @@ STUDY = [Row(*row) for row in (
     ("methods",   "shapes",          "--method simsiam",                 THREE,        3),
     ("long",      "cifar100",        "--temperature 0.1 --epochs 60",    PAIR,         3),
     ("sharp",     "cifar100",        "--temperature 0.05",               PAIR,         3),
+    ("gpu",       "cifar100",        GPU,                                PAIR,         5),
 )]
 MAIN = ("pair", "pair-many")                # the main question, hex against infonce, is asked of these
 PARTS = [*dict.fromkeys(row.part for row in STUDY), "mechanism"]
@@ -141,9 +143,11 @@ def arguments(run, roots):
     """What hex.py is told, without --out."""
     data = ["--data", "shapes"]
     if run.data != "shapes":
-        data = ["--data", "folder", "--recipe", "small", "--root", roots[run.data]]
+        small = [] if run.flags == GPU else ["--recipe", "small"]
+        data = ["--data", "folder", *small, "--root", roots[run.data]]
     arm = {"random": "--epochs 0", "pixels": "--epochs 0 --backbone pixels"}.get(run.arm, "--loss " + run.arm)
-    return [*data, *run.flags.split(), *arm.split(), "--seed", str(run.seed), "--workers", "0"]
+    return [*data, *run.flags.split(), *arm.split(), "--seed", str(run.seed), "--workers",
+            "2" if run.flags == GPU else "0"]
 
 
 def folder(run, workdir):
@@ -169,7 +173,7 @@ def key(line):
 
 
 def recipe_of(line):
-    return "shapes" if line["data"] == "shapes" else "small"
+    return "shapes" if line["data"] == "shapes" else "cifar" if line["flags"] == GPU else "small"
 
 
 def kind_of(line):
@@ -199,6 +203,14 @@ def cpu():
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return "unknown"
+
+
+def machine(config, threads):
+    device, about = config.get("device"), dict(cpu=cpu(), threads=threads)
+    if device == "cuda":
+        import torch
+        about["card"] = torch.cuda.get_device_name()
+    return dict(device=device, **about)
 
 
 def rounded(values):
@@ -237,7 +249,7 @@ def collect(run, out, seconds):
         probe[name] = packed(probe[name], probe[percent], probe["val"])
     kept = ("top1", "top5", "knn", "rate", "holdout", "epochs", "train", "val", "right", "knn_right")
     return dict(run._asdict(), config=config, code=about["code"], versions=about["versions"],
-                machine=dict(device=about["config"].get("device"), cpu=cpu(), threads=about["threads"]),
+                machine=machine(about["config"], about["threads"]),
                 seconds=seconds and round(seconds), probe={name: probe[name] for name in kept}, epochs=epochs)
 
 
@@ -431,7 +443,7 @@ def main():
     lines = read_events(RUNS)
     same = same_numbers(lines, code)
     there = {key(line) for line in lines if kind_of(line) in same}
-    again = [run for each in ("shapes", "small")
+    again = [run for each in ("shapes", "small", "cifar")
              for run in [run for run in runs if recipe_of(run._asdict()) == each][:args.again]]
     there -= {run[1:] for run in again} - {key(line) for line in lines if line["code"] == code}
     if args.list:
@@ -448,6 +460,9 @@ def main():
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         parser.error("another study is at work")
+    if any(run.flags == GPU for run in runs) and not hex_module().torch.cuda.is_available():
+        print("study.py: left out, for want of a GPU: the part gpu", file=sys.stderr)
+        runs = [run for run in runs if run.flags != GPU]
     absent = {run.data for run in runs} - roots.keys()
     if absent:
         print(f"study.py: left out, for want of its folder: {', '.join(sorted(absent))}", file=sys.stderr)
