@@ -16,6 +16,7 @@ from statistics import mean, median, stdev
 import numpy as np
 from plot import COLORS, GRAY, INK, PALE, Picture, axis, legend, panel, read_events, ticks
 from study import (
+    GPU,
     HERE,
     MAIN,
     MECHANISM,
@@ -247,7 +248,8 @@ STATISTICS = """\
 Differences in points of percent, paired by seed and by val picture. They speak of other seeds and other val
 pictures like these, for this recipe and this one set of train pictures. n: seeds made of seeds planned.
 Fewer than {fewest} pairs are shown and not judged. HEX is at work only after its warm-up: the first epoch
-of 12 on shapes, the first two of 15 on CIFAR are InfoNCE in both arms. The 95 % interval spans two:
+of 12 on shapes, the first two of 15 on CIFAR (on the GPU of 25) are InfoNCE in both arms. The 95 % interval
+spans two:
 
 - *bootstrap*: {draws} draws of seeds and, crossed with them, of val pictures; percentiles. Of few seeds it
   takes too little variance, of single answers' up to three times too much.
@@ -347,9 +349,9 @@ def classes_table(judged):
     return table(head, rows) + "\n" if rows else ""
 
 
-def run_table(groups):
-    rows = []
-    for data, flags, arm in dict.fromkeys((row.data, row.flags, arm) for row in STUDY for arm in row.arms):
+def run_table(groups, gpu=False):
+    rows, shown = [], [row for row in STUDY if (row.flags == GPU) is gpu]
+    for data, flags, arm in dict.fromkeys((row.data, row.flags, arm) for row in shown for arm in row.arms):
         lines = [line for _, line in sorted(groups.get((data, flags, arm), {}).items())]
         if not lines:
             continue
@@ -364,8 +366,9 @@ def run_table(groups):
             values = [each[name] for each in last if each.get(name) is not None]
             row.append(f"{mean(values):.{digits}f}" if values else "")
         rows.append([*row, spread((line["seconds"] for line in lines), 0)])
-    return table(("data", "arm", "n", "top-1", "k-NN", "holdout", "RankMe", "eps", "mean H", "same class",
-                  "chance", "empty", "floor", "seconds"), rows)
+    head = ("data", "arm", "n", "top-1", "k-NN", "holdout", "RankMe", "eps", "mean H", "same class", "chance",
+            "empty", "floor", "seconds")
+    return table(head, rows) + "\n" if rows else ""
 
 
 def at_epochs(groups, data, flags, arm, name, seeds):
@@ -589,7 +592,8 @@ def provenance(lines, words):
         return "No runs yet.\n"
     counts = collections.Counter()
     for line in lines:
-        counts["on {device}: {cpu}, {threads} thread".format(**line["machine"])] += 1
+        machine = {"card": "CPU"} | line["machine"]
+        counts["on {card}: {cpu}, {threads} thread".format(**machine)] += 1
         counts["with " + ", ".join(f"{name} {version}" for name, version in line["versions"].items())] += 1
     return "\n".join([words, "", *(f"- {count} {name}" for name, count in sorted(counts.items())), ""])
 
@@ -618,6 +622,11 @@ of the train split; eps, mean H and the same-class share of H at the arm's own q
 where that differs. *Empty* (share of anchors without H) and *floor* (of those with one): over the logged
 steps of the last epoch. Seconds: of the whole run, two side by side; of resumed runs none.
 `random`: an untrained backbone; `pixels`: no backbone.
+"""
+GPU_TEXT = """\
+resnet18 at the cifar recipe's rate (0.4, a linear rise in the first three epochs; HEX from the third on),
+fp16, the ten runs side by side. Columns as above; the comparison is under Differences, gpu. Not to be held
+against the runs of the small recipe: another backbone, other views, more epochs, fewer of the probe.
 """
 MECHANISM_TEXT = """\
 On one fixed batch of 256 train pictures (512 embeddings), seed 0, after training. Shares by autograd: tau
@@ -667,8 +676,9 @@ def main():
     counts = " and ".join(f"{count:,}" for count in sorted(counts, reverse=True)) + " val pictures"
     add("On other pictures", REPETITION_TEXT.format(counts=counts), repetition_table(judged))
     add("Where H is of other classes", CLASSES_TEXT, classes_table(judged))
-    add("Runs", RUN_TEXT, run_table(groups) + "\n" if lines else "")
+    add("Runs", RUN_TEXT, run_table(groups))
     add_plot(draw_arms(groups), "top-1 of each seed, the same seeds for all arms")
+    add("Runs on a GPU", GPU_TEXT, run_table(groups, gpu=True))
     add("The mechanism", MECHANISM_TEXT, mechanism_tables(mechanism))
     if uniform.known:
         add("Threshold over epochs", THRESHOLD_TEXT, threshold_table(groups, uniform))
