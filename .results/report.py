@@ -620,7 +620,8 @@ Linear probe and k-NN on val, and the probe on its holdout of train (the best of
 high), in percent: mean ± standard deviation over n seeds. The rest: means after the last epoch, on pictures
 of the train split; eps, mean H and the same-class share of H at the arm's own quantile, so not comparable
 where that differs. *Empty* (share of anchors without H) and *floor* (of those with one): over the logged
-steps of the last epoch. Seconds: of the whole run, two side by side; of resumed runs none.
+steps of the last epoch. Seconds: of the whole run, two side by side; of resumed runs none, nor where
+augmented batches were kept (`kept_views.py`).
 `random`: an untrained backbone; `pixels`: no backbone.
 """
 GPU_TEXT = """\
