@@ -113,17 +113,18 @@ def nccl():
 
 
 def same():
-    """Losses and gradients, in float64 and float32, and augmented views, against the CPU's in float64."""
+    """Losses and gradients, in float64 and float32, against the CPU's in float64; views against the CPU's."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 256, 64, dtype=torch.float64, generator=generator)
     z[1] = z[0] + 0.5 * z[1]                                    # positives that are alike
     z[:, 128:] = z[:, :128] + 0.3 * z[:, 128:]                  # and neighbours
     losses = dict(info_nce=hx.info_nce, dcl=hx.dcl)
-    options = dict(hex_nce={}, floor=dict(tau_plus=0.7), decoupled=dict(decoupled=True),
+    options = dict(hex_nce={}, floor=dict(tau_plus=0.7, beta=0), decoupled=dict(decoupled=True),
                    none=dict(threshold=1.1), released=dict(released=True),
                    cosine=dict(threshold=hx.CosineThreshold()))
     for name, more in options.items():
         losses[name] = lambda a, b, more=more: hx.hex_nce(a, b, **more)[0]
+    assert 0 < hx.hex_nce(*z, **options["floor"])[1]["clamped"] < 1, "no anchor is at the floor"
     for name, loss in losses.items():
         found = []
         for device, dtype in (("cpu", torch.float64), (DEV, torch.float64), (DEV, torch.float32)):
@@ -140,7 +141,8 @@ def same():
     cfg, _ = hx.parse(["--device", "cpu"])
     views = hx.Views(hx.draw_shapes(64, 0), cfg)
     parameters = torch.stack([views[0, i][1][0] for i in range(64)])
-    parameters[:, 6], parameters[:, 7] = 2 * torch.rand(64, generator=generator), parameters[:, 0]
+    parameters[:, 5], parameters[:, 7] = torch.arange(64) % 2, parameters[:, 0]         # gray, solarized
+    parameters[:, 6] = 2 * torch.rand(64, generator=generator)                          # sigma of the blur
     here, there = (hx.augment(crops.to(device), parameters.to(device), blur=True, solarize=True).cpu()
                    for device in ("cpu", DEV))
     off = (here - there).abs()
@@ -185,7 +187,7 @@ def overflow():
 
 
 def resume():
-    """Ended by SIGTERM in step 3 and begun again, against a run without an end."""
+    """Ended by SIGTERM in step 3 and begun again, in one process, against a run without an end."""
     for amp in ("off", "fp16"):
         argv, rate = [*SHORT, "--amp", amp, "--lr", "0.01"], hx.learning_rate
         straight, out = train(argv, 512), os.path.join(folder(), "run")
@@ -241,6 +243,7 @@ def pieces():
     for n in (512, 8192, 32768) if GPU else (512,):
         a, b = (torch.randn(n // 2, 128, device=DEV, requires_grad=True) for _ in "ab")
         for name, loss in (("info_nce", hx.info_nce), ("hex_nce", lambda a, b: hx.hex_nce(a, b)[0])):
+            loss(a, b).backward()                               # CUDA takes its own work space once
             peak = peak_memory()
             ms = milliseconds(lambda loss=loss, a=a, b=b: loss(a, b).backward())
             memory = f", peak {peak() / 4 / n ** 2:.2f} n^2 floats" if GPU else ""
@@ -298,8 +301,9 @@ def draw_jpegs(names, distinct):
 
 
 def bench():
-    """Images a second of the ImageNet recipe (ResNet-50, two views of 224 pixels), one loss a step, JPEGs in
-    the page cache: the last third of the steps, when what was read ahead is used up; no figures of epochs."""
+    """Images a second of the ImageNet recipe (ResNet-50, two views of 224 pixels), one loss a step, over the
+    last third of the steps; drawn JPEGs in the page cache, no figures of epochs. What the loader read ahead,
+    two batches a process, may hide that it is a little slower. Memory is that of tensors."""
     small, failed = ("" if GPU else "--recipe shapes --workers 1"), []
     cases = [(256, 100, ""), (256, 60, "--amp bf16"), (256, 60, "--compile"), (32, 90, ""),
              (32, 30, "--workers 0")] if GPU else [(8, 60, ""), (8, 60, "--workers 0"), (8, 60, "--amp bf16")]
@@ -314,7 +318,8 @@ def bench():
             failed.append(str(error))
             continue
         last = made[-len(made) // 3:]
-        speed, wait = (mean(each[name] for each in last) for name in ("images_per_second", "data_wait"))
+        speed = len(last) * batch / sum(batch / each["images_per_second"] for each in last)
+        wait = mean(each["data_wait"] for each in last)
         least = min((1 - each["data_wait"]) * batch / each["images_per_second"] for each in made)
         print(f"  {batch} images {case}: {speed:.0f} a second, {wait:.0%} of the time waiting for data; "
               f"a step without it {1e3 * least:.0f} ms{f', peak {peak() / 2 ** 30:.1f} GiB' if GPU else ''} "

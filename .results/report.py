@@ -626,8 +626,11 @@ augmented batches were kept (`kept_views.py`).
 """
 GPU_TEXT = """\
 resnet18 at the cifar recipe's rate (0.4, a linear rise in the first three epochs; HEX from the third on),
-fp16, the ten runs side by side. Columns as above; the comparison is under Differences, gpu. Not to be held
-against the runs of the small recipe: another backbone, other views, more epochs, fewer of the probe.
+fp16, on the same 20,000 pictures, the ten runs side by side (`PYTHONPATH=.results/torch_2_11 python
+.results/study.py --only gpu --jobs 10 --cifar100 DIR`). Columns as above; the comparison is under
+Differences, gpu. On a GPU runs do not repeat: two arms of a seed are InfoNCE in the first two epochs, and
+differ already; so pairing takes away little variance. Not to be held against the small recipe's runs: another
+backbone, other views, more epochs, fewer of the probe.
 """
 MECHANISM_TEXT = """\
 On one fixed batch of 256 train pictures (512 embeddings), seed 0, after training. Shares by autograd: tau

@@ -13,7 +13,7 @@ CIFAR.
 
 Where hex.py has changed since, but should compute the same, `--again N` makes the first N runs of each recipe
 again: if all figures are those of the older lines, that recipe's lines of these arms count on; else all is to
-be made anew.
+be made anew (so are the part gpu's: on a GPU no run repeats to the last bit).
 """
 import argparse
 import ctypes
@@ -148,8 +148,8 @@ def arguments(run, roots):
         small = [] if run.flags == GPU else ["--recipe", "small"]
         data = ["--data", "folder", *small, "--root", roots[run.data]]
     arm = {"random": "--epochs 0", "pixels": "--epochs 0 --backbone pixels"}.get(run.arm, "--loss " + run.arm)
-    return [*data, *run.flags.split(), *arm.split(), "--seed", str(run.seed), "--workers",
-            "2" if run.flags == GPU else "0"]
+    device = ["--workers", "2"] if run.flags == GPU else ["--workers", "0", "--device", "cpu"]
+    return [*data, *run.flags.split(), *arm.split(), "--seed", str(run.seed), *device]
 
 
 def folder(run, workdir):
@@ -229,7 +229,7 @@ def packed(right, percent, pictures):
     return int(right.ljust(8 * size, "0"), 2).to_bytes(size, "big").hex()
 
 
-def collect(run, out, seconds):
+def collect(run, out, seconds, views=False):
     """A finished run as one line: its settings from config.json, without what is of this machine alone."""
     about, probe = (json.load(open(os.path.join(out, name))) for name in ("config.json", "probe.json"))
     local = {"root", "out", "probe", "classes", "label_list", "device", "workers"}
@@ -252,7 +252,8 @@ def collect(run, out, seconds):
     kept = ("top1", "top5", "knn", "rate", "holdout", "epochs", "train", "val", "right", "knn_right")
     return dict(run._asdict(), config=config, code=about["code"], versions=about["versions"],
                 machine=machine(about["config"], about["threads"]),
-                seconds=seconds and round(seconds), probe={name: probe[name] for name in kept}, epochs=epochs)
+                kept_views=views, seconds=seconds and round(seconds),
+                probe={name: probe[name] for name in kept}, epochs=epochs)
 
 
 # --- Making the runs ----------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ class Queue:
         if os.path.exists(about) and json.load(open(about))["code"] != self.code:
             shutil.rmtree(out)                                  # begun by another hex.py
         resumed = os.path.exists(out)
-        timed = not (resumed or self.views)
+        timed = not resumed and (not self.views or run.flags == GPU)
         return run, out, time.time() if timed else None, start(run, out, self.roots, self.views)
 
     def __call__(self, runs, finished):
@@ -443,6 +444,8 @@ def main():
     parser.add_argument("--again", type=int, default=0, metavar="N", help="make N again of each recipe")
     parser.add_argument("--list", action="store_true", help="print the runs and which are there; do nothing")
     args = parser.parse_args()
+    if args.again and args.views:
+        parser.error("--again makes runs as hex.py makes them: leave --views out")
     parts, workdir, code = args.only or PARTS, os.path.abspath(args.workdir), code_now()
     runs = listed(row for row in STUDY if row.part in parts)
     given = {name: getattr(args, name.replace("-", "_")) for name in DIGESTS}
@@ -477,7 +480,7 @@ def main():
     keep = {run[1:] for run in needed_by_mechanism()}
 
     def finished(run, out, seconds):
-        line = collect(run, out, seconds)
+        line = collect(run, out, seconds, bool(args.views) and run.flags != GPU)
         if line["code"] != code:
             raise SystemExit("study.py: hex.py has changed since the study began; give the command again")
         if any(path in json.dumps(line) for path in paths):
