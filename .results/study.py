@@ -70,6 +70,7 @@ STUDY = [Row(*row) for row in (
     ("strong",    "cifar10",         "--temperature 0.1",                STRONG,       3),
     ("strong",    "shapes",          "",                                 STRONG,       10),
     ("spared",    "cifar100",        "--temperature 0.1",                SPARED,       3),
+    ("spared",    "cifar10",         "--temperature 0.1",                SPARED,       3),
     ("spared",    "shapes",          "",                                 SPARED_70,    10),
     ("knobs",     "shapes",          "",                                 KNOBS,        10),
     ("floor",     "shapes",          "",                                 RANDOM,       3),
