@@ -249,7 +249,7 @@ def where(data, flags):
 
 
 def probability(p):
-    return f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
 
 
 STATISTICS = """\
