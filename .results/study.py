@@ -86,6 +86,8 @@ STUDY = [Row(*row) for row in (
     ("cifar10",   "cifar10",         "--temperature 0.1",                SIX,          5),
     ("cifar10",   "cifar10",         "--temperature 0.1",                SPARED_20,    3),
     ("cifar100",  "cifar100",        "--temperature 0.1",                SIX,          5),
+    ("pair-warm", "cifar10",         "--temperature 0.2",                PAIR,         3),
+    ("pair-warm", "cifar100",        "--temperature 0.2",                PAIR,         3),
     ("warm",      "cifar10",         "--temperature 0.2",                SIX,          3),
     ("warm",      "cifar100",        "--temperature 0.2",                SIX,          3),
     ("methods",   "shapes",          "--method vicreg",                  THREE,        3),
