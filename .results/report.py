@@ -283,6 +283,18 @@ estimate. That a difference is not told from 0 is no evidence that it is 0: the 
 """
 
 
+def overview_table(judged):
+    """The six arms against each other, a column for each setting in which all six are planned."""
+    settings = [(row.data, row.flags) for row in STUDY if row.arms == SIX]
+    rows = {}
+    for each in judged:
+        if each.arm in SIX and each.reference in SIX and each.row[1:3] in settings:
+            row = rows.setdefault((str(each), MEASURES[each.measure][0]), dict.fromkeys(settings, ""))
+            row[each.row[1:3]] = "{:+.2f} ({:+.2f} to {:+.2f})".format(each.difference, *each.interval)
+    head = "comparison", "", *(where(*each) for each in settings)
+    return table(head, [[*name, *row.values()] for name, row in rows.items()]) + "\n" if rows else ""
+
+
 def comparison_tables(made, judged, plans):
     families = {word: [each for each in judged if each.main is main]
                 for word, main in (("main", True), ("exploratory", False))}
@@ -612,6 +624,9 @@ def provenance(lines, words):
     return "\n".join([words, "", *(f"- {count} {name}" for name, count in sorted(counts.items())), ""])
 
 
+OVERVIEW_TEXT = """\
+Differences in points with 95 % intervals; seeds, p, Holm's correction, and what they mean: under Differences.
+"""
 REPETITION_TEXT = """\
 `hex` - `infonce` once more, on other pictures of the same data sets (`pictures.py`): none is among the first,
 train or val; near-duplicates may be. PNG instead of JPEG, {counts}; all else as before. In
@@ -688,6 +703,7 @@ def main():
         if name:
             parts.append(f"![{text}]({name})\n")
 
+    add("The six arms", OVERVIEW_TEXT, overview_table(judged))
     add("Differences", comparison_tables(made, judged, plans) if made else "")
     add_plot(draw_differences(judged), "differences in top-1 with their intervals")
     counts = {line["probe"]["val"] for line in lines if line["data"].endswith(OTHER)}
