@@ -279,7 +279,7 @@ of what that showed, so the `strong` runs that it is held against were known. Co
 share its runs. Which were made first was chosen as results came in. *Could have seen*: roughly the
 smallest true difference that both tests find in {power:.0f} % of such studies, at the 5 % level / at the
 first step of Holm's, if the true errors are those estimated here, and an error from three seeds is a rough
-estimate. That a difference is not told from 0 is no evidence that it is 0: the interval says what it may be.
+estimate. That a difference is not significant is no evidence that it is 0: the interval says what it may be.
 """
 
 
@@ -303,7 +303,7 @@ def comparison_tables(made, judged, plans):
     for word, family in families.items():
         found = [f"- {each}, {where(*each.row[1:3])}, {MEASURES[each.measure][0]}: {each.difference:+.2f}"
                  for each in family if each.holm < LEVEL]
-        out.append("\n".join([f"**{len(found)} of {len(family)} {word} comparisons are told from 0 after "
+        out.append("\n".join([f"**{len(found)} of {len(family)} {word} comparisons are significant after "
                               "the correction.**\n", *found, ""]))
     head = ("data", "comparison", "", "n", "difference", "95 % interval", *WAYS, "p", "Holm",
             "could have seen")
@@ -375,6 +375,29 @@ def classes_table(judged):
     return table(head, rows) + "\n" if rows else ""
 
 
+def doses_table(judged, groups, mechanism):
+    """Arms of hex, the nearest to infonce first: what the mechanism's batch says of each, and what it did."""
+    batch = {(*key(line)[:3], *(line[name] for name in SETTINGS)): line
+             for line in mechanism if line["kind"] == "batch"}
+    rows = {}
+    for each in judged:
+        data, flags = each.row[1:3]
+        if each.reference == "infonce" and each.arm.startswith("hex") and (data, flags) in TRAINED:
+            config = next(iter(groups[data, flags, each.arm].values()))["config"]
+            line = batch.get((data, flags, "infonce", *(config[name] for name in SETTINGS)))
+            if line:
+                row = rows.setdefault((data, -line["gradient_cosine"], each.arm), [
+                    where(data, flags), f"`{each.arm}`", f"{line['gradient_cosine']:.4f}",
+                    f"{line['share_hex']:.2f}", f"{line['same_hex']:.2f}", f"{line['purity']:.2f}",
+                    str(each.n)])
+                row.append(with_interval(each.difference, *each.interval))
+    order = [data for data, _ in TRAINED]
+    head = ("data", "arm", "cosine", "H's share", "same class, by share", "same class, by number", "n",
+            *(name for name, _ in MEASURES.values()))
+    rows = [row for _, row in sorted(rows.items(), key=lambda item: (order.index(item[0][0]), item[0]))]
+    return table(head, rows) + "\n" if rows else ""
+
+
 def run_table(groups, gpu=False):
     rows, shown = [], [row for row in STUDY if (row.flags == GPU) is gpu]
     for data, flags, arm in dict.fromkeys((row.data, row.flags, arm) for row in shown for arm in row.arms):
@@ -428,6 +451,36 @@ class Uniform:
         return f"{np.exp(np.interp(threshold, self.eps[::-1], self.log_d[::-1])):.1f}"
 
 
+def paired_over_seeds(ours, theirs, digits):
+    """Mean difference, and the half width of its t interval over seeds where there are enough."""
+    gaps = [one - other for one, other in zip(ours, theirs)]
+    if len(gaps) < FEWEST:
+        return f"{mean(gaps):+.{digits}f}"
+    half = t_within(1 - LEVEL, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
+    return f"{mean(gaps):+.{digits}f} ± {half:.{digits}f}"
+
+
+def spread_table(groups):
+    """Against infonce, at the end: how far the features and embeddings are spread, whose H's members are."""
+    rows = []
+    for (data, flags), arm in itertools.product(dict.fromkeys((row.data, row.flags) for row in STUDY),
+                                                (PAIR[1], STRONG[1])):
+        seeds = common_seeds(groups, data, flags, (PAIR[0], arm))
+        if len(seeds) < FEWEST:
+            continue
+        row = [data + " on a GPU" if flags == GPU else where(data, flags), f"`{arm}`", str(len(seeds))]
+        for name, digits in (("rankme", 1), ("std", 3), ("purity", 3)):
+            theirs, ours = (at_epochs(groups, data, flags, each, name, seeds)[-1] for each in (PAIR[0], arm))
+            if name == "purity" and arm != PAIR[1]:                     # at another quantile: another H
+                row += ["", ""]
+            else:
+                row += [f"{mean(theirs):.{digits}f}", paired_over_seeds(ours, theirs, max(2, digits))]
+        rows.append(row)
+    head = ("data", "arm", "n", "RankMe, infonce", "difference", "std, infonce", "difference",
+            "same class, infonce", "difference")
+    return table(head, rows) + "\n" if rows else ""
+
+
 def threshold_table(groups, uniform):
     rows = []
     for data, flags in TRAINED:
@@ -437,13 +490,9 @@ def threshold_table(groups, uniform):
         last = min(len(infonce), len(ours)) - 1
         for epoch in sorted({0, round(last / 4), round(last / 2), last}):
             if infonce[epoch] and ours[epoch]:
-                gaps = [one - other for one, other in zip(ours[epoch], infonce[epoch])]
-                shown = f"{mean(gaps):+.4f}"
-                if len(gaps) >= FEWEST:
-                    half = t_within(1 - LEVEL, len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
-                    shown += f" ± {half:.4f}"
                 rows.append([where(data, flags), str(len(seeds)), str(epoch), f"{mean(infonce[epoch]):.3f}",
-                             f"{mean(ours[epoch]):.3f}", shown, uniform.dimension(mean(infonce[epoch]))])
+                             f"{mean(ours[epoch]):.3f}", paired_over_seeds(ours[epoch], infonce[epoch], 4),
+                             uniform.dimension(mean(infonce[epoch]))])
     head = ("data", "n", "epoch", "eps, infonce", "eps, hex", "difference, 95 %", "D of eps")
     return table(head, rows) + "\n" if rows else ""
 
@@ -626,6 +675,7 @@ def provenance(lines, words):
 
 OVERVIEW_TEXT = """\
 Differences in points with 95 % intervals; seeds, p, Holm's correction, and what they mean: under Differences.
+Empty: fewer than {fewest} seeds.
 """
 REPETITION_TEXT = """\
 `hex` - `infonce` once more, on other pictures of the same data sets (`pictures.py`): none is among the first,
@@ -643,6 +693,19 @@ correction, and not independent of each other: one row's share the runs on `shap
 Whose the members are: *same class* under Runs; the second arm's H is larger, and less of it is of the
 anchor's class. The data sets differ in more than that (temperature, level, recipe), and a point is not the
 same on each.
+"""
+DOSES_TEXT = """\
+Arms of `hex` less `infonce`, in points, with 95 % intervals as above. Beside them what the arm's settings do
+on the batch of The mechanism, which another model, that `infonce` trained at seed 0, embeds: the cosine
+between HEX's and InfoNCE's gradient; H's share of the anchor's denominator (above 1 where debiasing makes the
+positive's weight negative); which part of H is of the anchor's class, weighted by that share, and counted.
+Put together when all was known, so it suggests and does not test.
+"""
+SPREAD_TEXT = """\
+Does HEX keep the representation from collapsing? Against `infonce`, after the last epoch, on pictures of the
+train split: RankMe of the backbone's features (the effective number of dimensions), standard deviation of the
+embeddings (1: spread over all dimensions alike), same-class share of H(i). ±: 95 % t intervals over seeds,
+paired; not among the comparisons above, looked at when all was known, not corrected.
 """
 RUN_TEXT = """\
 Linear probe and k-NN on val, and the probe on its holdout of train (the best of nine rates, so a little too
@@ -703,13 +766,15 @@ def main():
         if name:
             parts.append(f"![{text}]({name})\n")
 
-    add("The six arms", OVERVIEW_TEXT, overview_table(judged))
+    add("The six arms", OVERVIEW_TEXT.format(fewest=FEWEST), overview_table(judged))
     add("Differences", comparison_tables(made, judged, plans) if made else "")
     add_plot(draw_differences(judged), "differences in top-1 with their intervals")
     counts = {line["probe"]["val"] for line in lines if line["data"].endswith(OTHER)}
     counts = " and ".join(f"{count:,}" for count in sorted(counts, reverse=True)) + " val pictures"
     add("On other pictures", REPETITION_TEXT.format(counts=counts), repetition_table(judged))
     add("Where H is of other classes", CLASSES_TEXT, classes_table(judged))
+    add("How far a setting goes, and what it did", DOSES_TEXT, doses_table(judged, groups, mechanism))
+    add("Spread", SPREAD_TEXT, spread_table(groups))
     add("Runs", RUN_TEXT, run_table(groups))
     add_plot(draw_arms(groups), "top-1 of each seed, the same seeds for all arms")
     add("Runs on a GPU", GPU_TEXT, run_table(groups, gpu=True))
