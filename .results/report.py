@@ -290,7 +290,7 @@ def overview_table(judged):
     for each in judged:
         if each.arm in SIX and each.reference in SIX and each.row[1:3] in settings:
             row = rows.setdefault((str(each), MEASURES[each.measure][0]), dict.fromkeys(settings, ""))
-            row[each.row[1:3]] = "{:+.2f} ({:+.2f} to {:+.2f})".format(each.difference, *each.interval)
+            row[each.row[1:3]] = with_interval(each.difference, *each.interval)
     head = "comparison", "", *(where(*each) for each in settings)
     return table(head, [[*name, *row.values()] for name, row in rows.items()]) + "\n" if rows else ""
 
