@@ -256,8 +256,8 @@ STATISTICS = """\
 Differences in points of percent, paired by seed and by val picture. They speak of other seeds and other val
 pictures like these, for this recipe and this one set of train pictures. n: seeds made of seeds planned.
 Fewer than {fewest} pairs are shown and not judged. HEX is at work only after its warm-up: the first epoch
-of 12 on shapes, the first two of 15 on CIFAR (on the GPU of 25) are InfoNCE in both arms. The 95 % interval
-spans two:
+of 12 on shapes, the first two of 15 on CIFAR (on the GPU of 25; of 60, the first six) are InfoNCE in both
+arms. The 95 % interval spans two:
 
 - *bootstrap*: {draws} draws of seeds and, crossed with them, of val pictures; percentiles. Of few seeds it
   takes too little variance, of single answers' up to three times too much.
