@@ -1,1299 +1,2097 @@
 # SPDX-License-Identifier: MIT
 """HEX: Hierarchical Emergence Exploitation in Self-Supervised Algorithms, in one file.
-Kokilepersaud, Kim, Prabhushankar, AlRegib; WACV 2025; arXiv 2410.23200. Not the authors' code.
 
-InfoNCE pulls the two views of an image together and pushes every other image away, all alike. HEX
-splits these negatives where their similarity passes eps: G(i), the global rest, stays as it is; of
-H(i), the local ones, the nearest are pushed hardest (Q), less a share tau_plus taken for i's own
-class (debiasing: m at p may be negative), down to a floor. Why: among neighbors fine semantics
-emerge, and collapse if they are treated like all else (local collapse).
-Known from abstract and figure: the split, a weighted local term, a falling threshold; from their
-code: quantile, schedules, warm-up, beta, tau_plus, floor; by us: Q, |H|, the positive in the sum.
+The paper is by Kokilepersaud, Kim, Prabhushankar and AlRegib (WACV 2025, arXiv 2410.23200). This
+is not the authors' code. It is a reconstruction: the full text of the paper could not be had.
 
-    x1, x2 (N, 3, S, S)  ->  z (2N, D), normalized  ->  s = z z^T (2N, 2N)  ->  H (2N, 2N)  ->  loss
-    l_i = log( sum_j m_ij e^{s_ij/tau} + c_i ) - s_ip/tau         p: the other view of i; m_ii = 0
+InfoNCE pulls the two views of an image together, and pushes all other images of the batch away,
+all alike. But training makes some of them look like the anchor, and they often share its meaning.
+HEX therefore splits the other images, the anchor's negatives, at a threshold eps on similarity:
 
-                      m at p                            m in G m in H                c
-    InfoNCE           1                                 1      1                     0
-    DCL               0                                 1      1                     0
-    HEX               1 - |H| tau_plus / (1 - tau_plus) 1      Q_ij / (1 - tau_plus) 0
-    HEX, at the floor 1                                 1      0                     |H| e^{-1/tau}
-    HEX, decoupled    1 less                            as HEX as HEX                as HEX
-    released by them  0                                 1      0                     0; G empty: 1
-                      and (2N - 2) e^{-1/tau} outside the log; the quantile sees i and p, too
+    G(i), the global negatives, are not above eps. They are treated as in InfoNCE.
+    H(i), the local negatives (the neighbors), are above eps. The nearest are pushed hardest.
 
-    eps   = mean over i of the q-quantile of s_ij, j in Neg(i)  Neg(i): all but i and p; no gradient
-    H(i)  = { j in Neg(i) : s_ij > eps },   G(i) = Neg(i) \\ H(i)
-    Q_ij  = e^{beta s_ij/tau} / mean over h in H(i) of e^{beta s_ih/tau}    no gradient
-    floor: [ sum_H Q_ih e^{s_ih/tau} - tau_plus |H| e^{s_ip/tau} ] / (1 - tau_plus) < |H| e^{-1/tau}
+For N images with two views each there are 2N normalized embeddings z. Here tau is the temperature,
+s_ij = z_i . z_j is the cosine similarity, and p is the other view of image i:
 
-Any method: (1 - alpha) own + alpha scale mean over its pairs (a, b) of F(a, b), F one of these.
-    python hex.py                                                    minutes on a CPU
-    python hex.py --data cifar10 --root DIR --recipe small           one GPU, or minutes on a CPU
-    torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR    paper scale
-    python hex.py --data folder --root DIR --recipe small            your own unlabelled pictures
-In order: the loss (can be copied out), methods, data, optimizer, evaluation, training, commands.
+    eps      = mean over i of the q-quantile of s_ij over all negatives j of i         (q = 0.99)
+    loss_i   = log(positive + global + max(local, floor)) - s_ip/tau
+    positive = e^{s_ip/tau}
+    global   = sum over G(i) of e^{s_ij/tau}
+    local    = (sum over H(i) of Q_ij e^{s_ij/tau} - tau_plus |H(i)| e^{s_ip/tau}) / (1 - tau_plus)
+    floor    = |H(i)| e^{-1/tau}, the least that |H(i)| negatives can add up to
+    Q_ij     = e^{beta s_ij/tau} / mean over h in H(i) of e^{beta s_ih/tau}            (beta = 1)
+
+The subtraction in `local` assumes that a share tau_plus of the neighbors has the anchor's own
+class (debiasing). No gradient passes through eps, H, Q or the floor. Limiting cases: with
+beta = tau_plus = 0, or where H(i) is empty, a row is InfoNCE's; at the floor, neighbors are left in
+peace. With N = 256 images and q = 0.99, |H(i)| is about 5 of 510 negatives.
+
+What is known, and how. From the paper's abstract and figure: the split, a weighted local term, a
+threshold that falls in training. From the authors' code alone: the mean of quantiles, the fixed
+schedules, the warm-up, beta, tau_plus, the floor, the recipes. Inferred here: that Q is the
+weighting of Robinson et al. (ICLR 2021), that |H(i)| stands for their N, that the quantile runs
+over negatives alone, and that the positive is part of the sum (--decoupled leaves it out).
+
+HEX joins any method that gives pairs of embeddings (a, b), as
+    loss = (1 - alpha) own + alpha scale (mean over the pairs of the loss above)
+
+    python hex.py                                                   minutes on a CPU
+    python hex.py --data cifar10 --root DIR --recipe small          one GPU, or minutes on a CPU
+    torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR   paper scale
+    python hex.py --data folder --root DIR --recipe small           your own unlabelled pictures
+
+The sections, from what stands alone to what uses all: the loss, its variants, many processes,
+methods, settings, backbones, data and views, optimizer, training, evaluation, the command.
 """
+import argparse
 import contextlib
+import copy
+import fcntl
+import functools
+import hashlib
+import inspect
+import json
 import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed import _functional_collectives as collectives
-
-# --- The HEX loss ---------------------------------------------------------------------------------
-def weighted_nce(cosine, s_p, weight, log_c, tau):
-    """The formula: l_i of n anchors. cosine, weight: s and m, (n, columns); s_p, log_c: (n,)."""
-    e = cosine / tau
-    with torch.no_grad():                               # e^{1/tau} may overflow: the largest is out
-        e.masked_fill_(weight == 0, -math.inf)
-        top = torch.maximum(e.amax(1), log_c)
-    e = e.sub_(top[:, None]).exp_()
-    total = (weight * e).sum(1) + (log_c - top).exp()
-    return top + total.log() - s_p / tau
-
-def info_nce(a, b, temperature=0.1):
-    """InfoNCE (NT-Xent, Chen et al. 2020). a, b, ValueError: as hex_nce. This rank's mean."""
-    cosine, s_p, p, negative = similarities(a, b, temperature)
-    weight = negative.to(cosine).scatter_(1, p[:, None], 1)
-    return weighted_nce(cosine, s_p, weight, s_p.new_full((), -math.inf), temperature).mean()
-
-def dcl(a, b, temperature=0.1):
-    """Decoupled contrastive loss (Yeh et al. 2022): no positive in the denominator."""
-    cosine, s_p, _, negative = similarities(a, b, temperature)
-    return weighted_nce(cosine, s_p, negative.to(cosine), s_p.new_full((), -math.inf), temperature).mean()
-
-def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1, decoupled=False, released=False,
-            epoch=0):
-    """The HEX loss. a, b: (N / ranks, D), row-aligned, any length. threshold: AdaptiveThreshold(),
-    another of these, or a number: H is above that cosine. decoupled: no positive in the sum. released:
-    the authors' public code. beta >= 0, tau_plus in [0, 1). Returns this rank's mean loss (float32 or
-    better) and detached scalars over the ranks: threshold, local (mean |H|), empty (share of anchors
-    with none), clamped (share of the others at the floor). ValueError: ranges, shapes, N < 2."""
-    require(0 <= beta < math.inf, f"beta = {beta} must be at least 0, and finite")
-    require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
-    tau, outside = temperature, 0
-    cosine, s_p, p, negative = similarities(a, b, tau)
-    with torch.no_grad():
-        eps, above = split(cosine, negative | released, threshold, epoch)       # released: i, p too
-        local = above & negative                                                # H(i)
-        rest = negative & ~local                                                # G(i)
-        size = local.sum(1, dtype=torch.int32).to(cosine)                       # |H(i)|
-        lowest = torch.finfo(cosine.dtype).min
-        q = (cosine * (beta / tau)).masked_fill_(~local, lowest).softmax(1)     # Q_ij / |H(i)|
-        e = cosine.masked_fill(~local, lowest)
-        top = torch.maximum(e.amax(1), s_p)
-        e = e.sub_(top[:, None]).div_(tau).exp_()                          # e^{(s - top)/tau} in H
-        L = e.mul_(q).sum(1) - tau_plus * ((s_p - top) / tau).exp()         # floor's bracket / |H|
-        clamped = (L / (1 - tau_plus) < ((-1 - top) / tau).exp()) & (size > 0)  # at the floor
-        del e                                                                   # as large as s
-        free = torch.where(clamped, 0, size / (1 - tau_plus))                   # 0 at the floor
-        weight = q.mul_(free[:, None]).masked_fill_(rest, 1)                    # m in H(i), in G(i)
-        weight.scatter_(1, p[:, None], (1 - decoupled - tau_plus * free)[:, None])        # and at p
-    log_c = torch.where(clamped, size.log() - 1 / tau, -math.inf)
-    if released:    # its local term is a constant, and stands outside the logarithm
-        weight, clamped = rest.to(cosine), size > 0
-        log_c = torch.where(rest.any(1), -math.inf, 0.0).to(cosine)             # c: 0; G empty: 1
-        outside = (cosine.shape[1] - 2) * (s_p.new_full((), -1.0) / tau).exp()
-    loss = (weighted_nce(cosine, s_p, weight, log_c, tau) + outside).mean()
-    size, none, clamped = mean_over_ranks(torch.stack([x.to(s_p).mean() for x in (size, size == 0, clamped)]))
-    return loss, dict(threshold=eps, local=size, empty=none, clamped=clamped / (1 - none).clamp_min(1e-9))
-
-def similarities(a, b, temperature):
-    """s of this rank's 2N / ranks anchors with all 2N, in [-1, 1] (columns: all ranks' a, then b);
-    s_ip and p(i) of each anchor; the mask of Neg(i), of s's shape."""
-    r, W = ranks()
-    shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-    require(a.ndim == 2 and a.shape == b.shape, f"a and b must be row-aligned (N, D), not {shapes}")
-    require(len(a) * W > 1, "N = 1: a contrastive loss needs 2 images, or there are no negatives")
-    require(temperature > 0, f"temperature = {temperature} must be above 0")
-    with torch.autocast(a.device.type, enabled=False):
-        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        length = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b)]
-        a, b = (x / torch.where(n > 1e-12, n, 1) for x, n in zip((a, b), length))   # 0 stays 0
-        cosine = torch.cat([a, b]) @ torch.cat([gather(a), gather(b)]).T
-        s_p = (a * b).sum(1).repeat(2)
-    column = torch.arange(cosine.shape[1], device=a.device)
-    i = column[r * len(a):(r + 1) * len(a)]            # of this rank's a; those of its b: N further
-    i, p = torch.cat([i, i + len(column) // 2]), torch.cat([i + len(column) // 2, i])
-    return cosine, s_p, p, (i[:, None] != column) & (p[:, None] != column)
-
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-def split(cosine, negative, threshold, epoch):          # -> eps and the mask of what lies above it
-    threshold = AdaptiveThreshold() if threshold is None else threshold
-    if isinstance(threshold, (int, float)):
-        return cosine.new_full((), threshold), cosine > threshold
-    require(callable(threshold), f"threshold = {threshold!r} is neither a number nor a function")
-    return threshold(cosine, negative, epoch)
-
-def local_mask(a, b, threshold=None, epoch=0):
-    """eps (scalar) and H (bool, (2N / ranks, 2N)) of the embeddings a, b: (N / ranks, D)."""
-    cosine, _, _, negative = similarities(a, b, 1)
-    eps, above = split(cosine.detach(), negative, threshold, epoch)
-    return eps, above & negative
-
-def adaptive_threshold(cosine, quantile=0.99, entries=None):
-    """eps: the mean over rows of each row's quantile, at round(q (k - 1)) of its k sorted entries.
-    cosine: (rows, columns), -inf: no entry. entries: (rows,) each k, if known (a GPU needn't wait).
-    Returns a scalar. ValueError: quantile outside (0, 1); a row of nothing but -inf."""
-    require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
-    if entries is None:
-        entries = (cosine != -math.inf).sum(1)
-        require((entries > 0).all(), "a row holds no entry but -inf: its quantile is not defined")
-    cosine = cosine.detach().to(torch.promote_types(cosine.dtype, torch.float32))
-    columns, k = cosine.shape[1], entries.double()
-    largest = cosine.topk(columns - round(quantile * (columns - 1)), dim=1).values      # in order
-    from_top = k - 1 - (quantile * (k - 1)).round()                                 # 0: the largest
-    return largest.gather(1, from_top.long()[:, None]).mean()
-
-def AdaptiveThreshold(quantile=0.99):
-    """H: above the adaptive eps, of all ranks' anchors (authors' code). ValueError: quantile."""
-    require(0 < quantile < 1, f"quantile = {quantile} must lie between 0 and 1")
-    def threshold(cosine, negative, epoch=0):
-        seen, entries = cosine.masked_fill(~negative, -math.inf), negative.sum(1, dtype=torch.int32)
-        eps = mean_over_ranks(adaptive_threshold(seen, quantile, entries))
-        return eps, cosine > eps
-    return threshold
-
-def schedule(at):   # H: above at(epoch), each row rescaled: 0 its minimum, 1 itself (their code)
-    def threshold(cosine, negative, epoch=0):
-        low, high = cosine.aminmax(dim=1, keepdim=True)
-        return cosine.new_full((), at(epoch)), (cosine - low) / (high - low) > at(epoch)
-    return threshold
-
-def StepThreshold(start=0.9, drop=0.1, every=10):
-    """`start`, falling by `drop` every `every` epochs, not below 0."""
-    return schedule(lambda epoch: max(0.0, start - drop * (epoch // every)))
-def CosineThreshold(start=0.9, end=0.3, epochs=100):
-    """From `start` to `end` over `epochs` by half a cosine."""
-    half = math.pi / max(1, epochs)
-    return schedule(lambda epoch: end + (start - end) * (1 + math.cos(half * min(epoch, epochs))) / 2)
-
-def OracleHierarchy(labels):
-    """H: negatives of one super-class. NOT self-supervised: a diagnostic. labels: (N / ranks,)."""
-    def threshold(cosine, negative, epoch=0):
-        mine, everyone = labels.repeat(2), gather(labels).repeat(2)
-        require(cosine.shape == (len(mine), len(everyone)), f"labels: {len(labels)}, not one an image")
-        return cosine.new_full((), math.nan), mine[:, None] == everyone
-    return threshold
-
-def ranks():       # this process's number among the ranks that share a loss, and how many there are
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not alone.on else (0, 1)
-class alone(contextlib.ContextDecorator):       # within, each rank computes whole losses: no gather
-    on = False
-    def __init__(self, wanted=True):
-        self.wanted = wanted
-    def __enter__(self):
-        self.before, alone.on = alone.on, self.wanted
-    def __exit__(self, *_):
-        alone.on = self.before
-
-def gather(x):
-    """Rows of all ranks, in their order, with gradient. x: (M, ...) on each -> (ranks M, ...)."""
-    if ranks()[1] == 1:
-        return x
-    return collectives.wait_tensor(collectives.all_gather_single(x.contiguous(), 0, dist.group.WORLD))
-def mean_over_ranks(x):     # of a detached tensor
-    if ranks()[1] > 1:
-        dist.all_reduce(x := x / ranks()[1])
-    return x
-
-import argparse, copy, fcntl, hashlib, inspect, io, json, os, random, re, signal, sys, threading
-import time, traceback, warnings
-from functools import partial
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# --- SSL methods and the wrapper ------------------------------------------------------------------
-def mlp(*widths, norm=None, affine=None):
-    """Linear - norm - ReLU blocks, a last Linear. affine: of the norm behind it; None: no norm."""
-    layers, last = [], None if affine is None else partial(norm, affine=affine)
-    for fan_in, fan_out, normalize in zip(widths, widths[1:], [norm] * (len(widths) - 2) + [last]):
-        layers.append(nn.Linear(fan_in, fan_out, bias=normalize is None))
-        layers += [normalize(fan_out)] if normalize else []
-        layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers[:-1])
+# === The loss =====================================================================================
+# It needs math, dataclasses and torch alone, and can be copied into another project. Every function
+# here is pure: it sees all images that share the loss, and knows nothing of processes or files.
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def similarities(a, b, temperature):
+    """Compares the views of N images with each other. a, b: (N, D), row i is a view of image i.
+
+    Returns s (2N, 2N), the cosine similarity of all views; s_p (2N,), that of each view and the
+    other view of its image; negative (2N, 2N), true where two views are of different images.
+    """
+    shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+    require(a.ndim == 2 and a.shape == b.shape, f"a and b must be row-aligned (N, D), not {shapes}")
+    require(len(a) > 1, "N = 1: a contrastive loss needs 2 images, or there are no negatives")
+    require(temperature > 0, f"temperature = {temperature} must be above 0")
+
+    # Embeddings are scaled to length 1, in float32 or better. One of length 0 stays as it is.
+    z = torch.cat([a, b])
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    z = z / length.masked_fill(length < 1e-12, 1)
+
+    with torch.autocast(z.device.type, enabled=False):
+        s = z @ z.T
+    s_p = (z * z.roll(len(a), 0)).sum(1)
+    image = torch.arange(len(a), device=z.device).repeat(2)
+    return s, s_p, image[:, None] != image
+
+
+def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
+            decoupled=False, epoch=0):
+    """The HEX loss of N images. a, b: (N, D), their two views, row-aligned, of any length.
+
+    threshold: AdaptiveThreshold() if None, another of these classes, or a number, above which a
+    cosine is local. decoupled: leave the positive out of the sum. epoch: for scheduled thresholds.
+    Returns the mean loss (a scalar, in float32 or better) and its statistics (see statistics_of).
+    ValueError: temperature <= 0, beta < 0, tau_plus outside [0, 1), N < 2, shapes that differ.
+    """
+    require(0 <= beta < math.inf, f"beta = {beta} must be at least 0, and finite")
+    require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
+    tau = temperature
+    s, s_p, negative = similarities(a, b, tau)
+
+    # Which negatives are local?
+    eps, H = split(s, negative, threshold, epoch)
+    size = H.sum(1).to(s.dtype)                             # |H(i)|
+
+    # e^{s/tau} may overflow, so it is kept as e^{x - top}, with a top that is known.
+    x, x_p, least = s / tau, s_p / tau, -1 / tau
+    del s                                                   # it is large
+
+    def exp(x, top):
+        # What exceeds e^80 is not part of a sum: it only tells that a row is at its floor.
+        return (x - top).clamp(max=80).exp()
+
+    # The local term for each neighbor, a mean: the nearest weigh most, and a share is taken away.
+    near, top_near = exponentials(x, H, least)
+    Q = (near.detach() ** beta).masked_fill_(~H, 0)
+    local = (Q * near).sum(1) / Q.sum(1).clamp(min=1)       # the sum of Q is 0, or at least 1
+    local = (local - tau_plus * exp(x_p, top_near)) / (1 - tau_plus)
+    clamped = local.detach() < exp(least, top_near)
+
+    # The other negatives are global. All terms are brought to one top, the largest of the sum.
+    far, top_far = exponentials(x, negative & ~H, least)
+    top = torch.maximum(top_far, top_near.masked_fill(clamped, least))
+    if not decoupled:
+        top = torch.maximum(top, x_p.detach())
+    total = far.sum(1) * exp(top_far, top)
+    total = total + size * torch.maximum(local * exp(top_near, top), exp(least, top))
+    if not decoupled:
+        total = total + exp(x_p, top)
+
+    loss = total.log() + top - x_p
+    return loss.mean(), statistics_of(eps, size, clamped)
+
+
+def exponentials(x, mask, least):
+    """e^{x - top} where the mask is true, else (nearly) 0; and top (2N,), the largest x there.
+
+    Elsewhere it is at most e^{-40}, which is below the rounding of the sum, and faster than 0.
+    """
+    e = x.where(mask, least - 40)
+    top = e.detach().amax(1).clamp(min=least)
+    e = e.sub_(top[:, None]).exp_()
+    return e, top
+
+
+def statistics_of(eps, size, clamped):
+    """What the log says: detached scalars.
+
+    threshold: eps. local: the mean |H|. empty: the share of anchors whose H is empty. clamped: of
+    the other anchors, the share whose local term is at its floor.
+    """
+    some = (size > 0).to(size.dtype)
+    at_floor = (some * clamped).sum() / some.sum().clamp(min=1)
+    return dict(threshold=eps, local=size.mean(), empty=1 - some.mean(), clamped=at_floor)
+
+
+@torch.no_grad()
+def split(s, negative, threshold, epoch, count_all=False):
+    """Returns eps (a scalar) and H (2N, 2N): which negatives are above it.
+
+    count_all: eps is a quantile of all similarities, not of those with negatives alone.
+    """
+    if threshold is None:
+        threshold = AdaptiveThreshold()
+    if isinstance(threshold, (int, float)):
+        return s.new_full((), threshold), negative & (s > threshold)
+    require(callable(threshold), f"threshold = {threshold!r} is neither a number nor a function")
+    eps, above = threshold(s, None if count_all else negative, epoch)
+    return eps, negative & above
+
+
+@dataclass
+class AdaptiveThreshold:
+    """Local is what lies above the mean over all views of the quantile of a view's similarities.
+
+    quantile: in (0, 1). It is an order statistic: of k sorted entries, the one at round(q (k - 1)).
+    """
+    quantile: float = 0.99
+
+    def __post_init__(self):
+        require(0 < self.quantile < 1, f"quantile = {self.quantile} must lie between 0 and 1")
+
+    def __call__(self, s, counted, epoch=0):
+        """s (2N, 2N). counted: the negatives, or None for all entries. Returns eps, s > eps."""
+        k = len(s)
+        if counted is not None:
+            k = len(s) - 2
+            s = s.where(counted, -2)
+        from_top = k - round(self.quantile * (k - 1))
+        eps = s.topk(from_top).values[:, -1].mean()
+        return eps, s > eps
+
+
+def local_mask(a, b, threshold=None, epoch=0):
+    """Returns eps (a scalar) and H (2N, 2N) of the embeddings a, b: (N, D), as in hex_nce."""
+    s, _, negative = similarities(a, b, 1)
+    return split(s, negative, threshold, epoch)
+
+
+# === Variants of the loss =========================================================================
+# They are as pure as the loss, and take the same a, b and temperature.
+
+def info_nce(a, b, temperature=0.1):
+    """InfoNCE, or NT-Xent (Chen et al. 2020): all negatives are global. Returns a scalar."""
+    s, s_p, _ = similarities(a, b, temperature)
+    logits = (s / temperature).fill_diagonal_(-math.inf)
+    return (logits.logsumexp(1) - s_p / temperature).mean()
+
+
+def dcl(a, b, temperature=0.1):
+    """The decoupled loss (Yeh et al. 2022): InfoNCE without the positive in the sum. A scalar."""
+    s, s_p, negative = similarities(a, b, temperature)
+    logits = (s / temperature).where(negative, -math.inf)
+    return (logits.logsumexp(1) - s_p / temperature).mean()
+
+
+def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
+    """What the authors' public code computes: DCL of the global negatives, and a constant.
+
+    Its local term carries no gradient and stands outside of the logarithm, and its quantile counts
+    the anchor itself and its positive, too. Returns a scalar and statistics.
+    """
+    s, s_p, negative = similarities(a, b, temperature)
+    eps, H = split(s, negative, threshold, epoch, count_all=True)
+    G = negative & ~H
+    size = H.sum(1).to(s.dtype)
+
+    # Where no negative is global, their sum is 1.
+    logits = (s / temperature).where(G, -math.inf)
+    log_sum = logits.logsumexp(1).where(G.any(1), 0)
+
+    constant = (len(s) - 2) * math.e ** (-1 / temperature)
+    loss = (log_sum - s_p / temperature).mean() + constant
+    return loss, statistics_of(eps, size, size > 0)
+
+
+class Schedule:
+    """Local is what lies above at(epoch) when each row is rescaled to 0 for its least entry and 1
+    for the anchor itself (the authors' code)."""
+
+    def __call__(self, s, counted, epoch=0):
+        eps = self.at(epoch)
+        low, high = s.aminmax(dim=1, keepdim=True)
+        return s.new_full((), eps), (s - low) / (high - low) > eps
+
+
+@dataclass
+class StepThreshold(Schedule):
+    """`start`, falling by `drop` every `every` epochs, but not below 0."""
+    start: float = 0.9
+    drop: float = 0.1
+    every: int = 10
+
+    def at(self, epoch):
+        return max(0.0, self.start - self.drop * (epoch // self.every))
+
+
+@dataclass
+class CosineThreshold(Schedule):
+    """From `start` to `end` over `epochs`, by half a cosine."""
+    start: float = 0.9
+    end: float = 0.3
+    epochs: int = 100
+
+    def at(self, epoch):
+        done = min(1, epoch / max(1, self.epochs))
+        return self.end + (self.start - self.end) * half_cosine(done)
+
+
+def half_cosine(done):
+    """Falls from 1 to 0 as `done` rises from 0 to 1."""
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass
+class OracleHierarchy:
+    """Local is what has the anchor's super-class. It reads labels, so training with it is NOT
+    self-supervised: it is a diagnostic. labels: (N,), of the images that share the loss."""
+    labels: torch.Tensor
+
+    def __call__(self, s, counted, epoch=0):
+        label = self.labels.repeat(2)
+        require(len(label) == len(s), f"labels: {len(label) // 2} for {len(s) // 2} images")
+        return s.new_full((), math.nan), label[:, None] == label
+
+
+# === Many processes ===============================================================================
+# Only this section talks to other processes. Without torchrun all of it does nothing.
+
+# torchrun tells each process its number among all of them, and how many there are.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(x):
+    """The rows of all ranks, in their order: (M, ...) on each rank gives (ranks M, ...).
+
+    Only this rank's own rows carry a gradient. So where every rank computes the same loss of all
+    rows, the sum over the ranks of their gradients is the gradient of that loss. (A wrapper that
+    takes the mean instead, such as DistributedDataParallel, needs the loss times the ranks.)
+    """
+    if not dist.is_initialized():
+        return x
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x.detach())
+    rows[dist.get_rank()] = x
+    return torch.cat(rows)
+
+
+def add_over_ranks(tensors, divide_by=1):
+    """Each of the tensors becomes its sum over the ranks, divided by a number, in one call."""
+    if RANKS > 1 and tensors:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        parts = flat.div_(divide_by).split([x.numel() for x in tensors])
+        for x, part in zip(tensors, parts):
+            x.copy_(part.view_as(x))
+
+
+def agree(content, what):
+    """Waits for all ranks. CommandError: they do not hold the same content."""
+    contents = [content] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(contents, content)
+    if any(each != contents[0] for each in contents):
+        raise CommandError(f"the ranks see different {what}: give all the same")
+
+
+def on_first_rank(task):
+    """Rank 0 does the task. All ranks wait for it, and return its result or raise its UserError."""
+    box = [None]
+    if RANK == 0:
+        try:
+            box = [task()]
+        except UserError as error:
+            error.is_common = True
+            box = [error]
+    if RANKS > 1:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]
+
+
+# === Methods and the wrapper ======================================================================
+# A method changes its state in after_step alone. Its losses are pure functions of all N images.
 
 class Method(nn.Module):
-    """Base of the methods: a projector z, and where a method has them a predictor p and a target t.
-    Its loss(*embeddings), in float32, gives the own loss and row-aligned pairs [(a, b), ...].
-    backbone: (B, 3, S, S) -> (B, width). ema: there is a target, its BatchNorm statistics its own,
-    that follows backbone and projector; its momentum rises from ema to 1 by a cosine. alpha, scale:
-    of HEX (alpha 1: no own loss). The loop sets steps (of a run), losses (of a rank in a step)."""
-    alpha, scale, steps, losses = 0.1, 1.0, None, 1
-    def __init__(self, backbone, projector, predictor=None, ema=None, temperature=None):
+    """The base of all methods: a backbone and a projector, and where a method has them a predictor
+    and a target.
+
+    A method has these class attributes: `settings`, its hyperparameters with the values of its
+    paper, of which others can be given; and the layers of its heads, in words (see mlp). It has
+    forward, which is the heavy part, and loss(*embeddings), which gives its own loss and the
+    row-aligned pairs [(a, b), ...] of embeddings (N, dim) that HEX can work on. alpha and scale are
+    the weights of these pairs (see HEX).
+    backbone: (B, 3, S, S) -> (B, width). norm: a function of the width, such as nn.BatchNorm1d.
+    With the setting ema there is a target, a copy of backbone and projector that follows them, and
+    whose momentum rises from ema to 1. Its BatchNorm statistics are its own.
+    """
+    alpha = 0.1
+    scale = 1.0
+    predictor_layers = ""
+
+    def __init__(self, backbone, width, *, norm=nn.BatchNorm1d, **settings):
         super().__init__()
-        self.backbone, self.projector, self.predictor = backbone, projector, predictor
-        self.ema, self.temperature = ema, temperature
-        online = nn.Sequential(backbone, projector)
-        self.target = None if ema is None else copy.deepcopy(online).requires_grad_(False)
+        require(settings.keys() <= self.settings.keys(), f"{settings}: not all of {self.settings}")
+        self.settings = self.settings | settings
+        self.backbone = backbone
+        self.projector = mlp(self.projector_layers, width, norm, self.settings)
+        self.predictor = mlp(self.predictor_layers, self.settings["dim"], norm, self.settings)
+        self.temperature = self.settings.get("temperature")
+        self.ema = self.settings.get("ema")
+        self.target = None
+        if self.ema is not None:
+            self.target = copy.deepcopy(self.online()).requires_grad_(False)
+
+    def online(self):
+        return nn.Sequential(self.backbone, self.projector)
 
     def forward(self, x1, x2):
         """Two views (N, 3, S, S) -> [p1, p2,] z1, z2 [, t1, t2], each (N, dim)."""
-        x = torch.cat([x1, x2])   # in one pass: one BatchNorm batch, one use of the weights for DDP
+        # Both views go through in one pass, so that they are one BatchNorm batch.
+        x = torch.cat([x1, x2])
         z = self.projector(self.backbone(x))
-        outputs = [z] if self.predictor is None else [self.predictor(z), z]
-        outputs += [] if self.target is None else [self.target(x)]
+        outputs = [z]
+        if self.predictor_layers:
+            outputs = [self.predictor(z), z]
+        if self.target is not None:
+            outputs.append(self.target(x))
         return tuple(half for output in outputs for half in output.chunk(2))
 
-    def one_way_nce(self, a, b):  # InfoNCE of each a_i against every b_j alone; (N / ranks, D) each
-        logits = F.normalize(a) @ F.normalize(gather(b)).T / self.temperature       # (N / ranks, N)
-        return F.cross_entropy(logits, ranks()[0] * len(a) + torch.arange(len(a), device=a.device))
+    def one_way_nce(self, a, b):
+        """InfoNCE of each a_i against all b_j, and no other a_j."""
+        logits = F.normalize(a) @ F.normalize(b).T / self.temperature
+        return F.cross_entropy(logits, torch.arange(len(a), device=a.device))
 
     @torch.no_grad()
-    def after_step(self, step):     # EMA, queue: after a step that was taken; its number, from 1
+    def after_step(self, done, outputs):
+        """To be called after each optimizer step. done: the share of the run, from 0 to 1.
+        outputs: what forward gave for each loss of the step, with the rows of all ranks."""
         if self.target is not None:
-            done = step / self.steps if self.steps else 0
-            momentum = 1 - (1 - self.ema) * (math.cos(math.pi * done) + 1) / 2
-            online = nn.Sequential(self.backbone, self.projector)
-            torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), 1 - momentum)
+            share = (1 - self.ema) * half_cosine(done)
+            for old, new in zip(self.target.parameters(), self.online().parameters()):
+                old.lerp_(new, share)
+
+
+def mlp(layers, fan_in, norm, widths):
+    """Layers in words: the name of a width for a Linear; norm; plain_norm, which has no weights;
+    relu. A Linear before a norm has no bias."""
+    words, modules = layers.split(), []
+    for word, behind in zip(words, [*words[1:], ""]):
+        if word == "relu":
+            modules.append(nn.ReLU(inplace=True))
+        elif "norm" in word:
+            modules.append(norm(fan_in, affine=word == "norm"))
+        else:
+            modules.append(nn.Linear(fan_in, widths[word], bias="norm" not in behind))
+            fan_in = widths[word]
+    return nn.Sequential(*modules)
+
 
 class SimCLR(Method):
-    """Chen et al. 2020. The projector of HEX's authors: 2048-2048-128 without BatchNorm."""
+    """Chen et al. 2020. The projector is that of HEX's authors: without BatchNorm."""
     alpha = 1.0
-    def __init__(self, backbone, width, *, hidden=2048, dim=128, norm=nn.BatchNorm1d, temperature=0.1):
-        super().__init__(backbone, mlp(width, hidden, dim), temperature=temperature)
+    settings = dict(hidden=2048, dim=128, temperature=0.1)
+    projector_layers = "hidden relu dim"
+
     def loss(self, z1, z2):
         return info_nce(z1, z2, self.temperature), [(z1, z2)]
 
+
 class NNCLR(Method):
     """Dwibedi et al. 2021: an anchor is its nearest neighbor in a queue of past embeddings."""
-    alpha, latest = 1.0, []
-    def __init__(self, backbone, width, *, hidden=2048, dim=256, predictor=4096, queue=98304,
-                 norm=nn.BatchNorm1d, temperature=0.1):
-        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, affine=True),
-                         mlp(dim, predictor, dim, norm=norm), temperature=temperature)
-        self.register_buffer("queue", F.normalize(torch.randn(queue, dim)))
-        self.register_buffer("head", torch.zeros((), dtype=torch.long))          # where the next go
+    alpha = 1.0
+    settings = dict(hidden=2048, dim=256, predictor=4096, queue=98304, temperature=0.1)
+    projector_layers = "hidden norm relu hidden norm relu dim norm"
+    predictor_layers = "predictor norm relu dim"
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        noise = torch.randn(self.settings["queue"], self.settings["dim"])
+        self.register_buffer("queue", F.normalize(noise))
+
+    def nearest(self, z):
+        similarity = F.normalize(z.detach()) @ self.queue.T
+        return self.queue[similarity.argmax(1)]
+
     def loss(self, p1, p2, z1, z2):
-        self.latest = [*self.latest, z1.detach()][-self.losses:] if self.training else self.latest
-        near1, near2 = (self.queue[(F.normalize(z.detach()) @ self.queue.T).argmax(1)] for z in (z1, z2))
-        pairs = [(near1, p2), (near2, p1)]
-        return sum(self.one_way_nce(a, b) for a, b in pairs) / 2, pairs
-    def after_step(self, step):     # pushes z1 of all losses and ranks: queues are equal
-        z = gather(torch.stack(self.latest)).unflatten(0, (-1, len(self.latest)))   # (W, losses, B, dim)
-        z = F.normalize(z.transpose(0, 1).flatten(0, 2)).to(self.queue.dtype)[-len(self.queue):]
-        self.queue[(self.head + torch.arange(len(z), device=z.device)) % len(self.queue)] = z
-        self.head.copy_((self.head + len(z)) % len(self.queue))
+        near1, near2 = self.nearest(z1), self.nearest(z2)
+        own = self.one_way_nce(near1, p2) + self.one_way_nce(near2, p1)
+        return own / 2, [(near1, p2), (near2, p1)]
+
+    @torch.no_grad()
+    def after_step(self, done, outputs):
+        """The first views join the queue, and the oldest entries leave it."""
+        newest = torch.cat([z1 for _, _, z1, _ in outputs]).to(self.queue.dtype)
+        queue = torch.cat([self.queue, F.normalize(newest)])
+        self.queue.copy_(queue[-len(self.queue):])
+
 
 class MoCoV3(Method):
     """Chen et al. 2021. HEX on it is our extension."""
     alpha = 1.0
-    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99,
-                 norm=nn.BatchNorm1d, temperature=1.0):
-        super().__init__(backbone, mlp(width, hidden, dim, norm=norm, affine=False),
-                         mlp(dim, predictor, dim, norm=norm, affine=False), ema, temperature)
+    settings = dict(hidden=4096, dim=256, predictor=4096, ema=0.99, temperature=1.0)
+    projector_layers = "hidden norm relu dim plain_norm"
+    predictor_layers = "predictor norm relu dim plain_norm"
+
     def loss(self, q1, q2, z1, z2, k1, k2):
-        t, pairs = self.temperature, [(q1, k2), (q2, k1)]
-        return sum(2 * t * self.one_way_nce(q, k) for q, k in pairs), pairs
+        own = self.one_way_nce(q1, k2) + self.one_way_nce(q2, k1)
+        return 2 * self.temperature * own, [(q1, k2), (q2, k1)]
+
 
 class BYOL(Method):
     """Grill et al. 2020. HEX on it, between the online projections, is our extension."""
-    def __init__(self, backbone, width, *, hidden=4096, dim=256, predictor=4096, ema=0.99,
-                 norm=nn.BatchNorm1d):
-        heads = mlp(width, hidden, dim, norm=norm), mlp(dim, predictor, dim, norm=norm)
-        super().__init__(backbone, *heads, ema)
+    settings = dict(hidden=4096, dim=256, predictor=4096, ema=0.99)
+    projector_layers = "hidden norm relu dim"
+    predictor_layers = "predictor norm relu dim"
+
     def loss(self, p1, p2, z1, z2, t1, t2):
-        return 4 - 2 * sum(F.cosine_similarity(p, t).mean() for p, t in ((p1, t2), (p2, t1))), [(z1, z2)]
+        cosine = F.cosine_similarity(p1, t2) + F.cosine_similarity(p2, t1)
+        return 4 - 2 * cosine.mean(), [(z1, z2)]
+
 
 class SimSiam(Method):
     """Chen and He 2021. HEX on it, between the projections, is our extension."""
-    def __init__(self, backbone, width, *, hidden=2048, dim=2048, predictor=512, norm=nn.BatchNorm1d):
-        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm, affine=False),
-                         mlp(dim, predictor, dim, norm=norm))
+    settings = dict(hidden=2048, dim=2048, predictor=512)
+    projector_layers = "hidden norm relu hidden norm relu dim plain_norm"
+    predictor_layers = "predictor norm relu dim"
+
     def loss(self, p1, p2, z1, z2):
-        pairs = ((p1, z2.detach()), (p2, z1.detach()))
-        return -sum(F.cosine_similarity(p, z).mean() for p, z in pairs) / 2, [(z1, z2)]
+        t1, t2 = z1.detach(), z2.detach()
+        cosine = F.cosine_similarity(p1, t2) + F.cosine_similarity(p2, t1)
+        return -cosine.mean() / 2, [(z1, z2)]
+
+
+def off_diagonal(c):
+    """The sum of the squares of what is off the diagonal of c (dim, dim)."""
+    return c.square().sum() - c.diagonal().square().sum()
+
 
 class BarlowTwins(Method):
-    """Zbontar et al. 2021, over all ranks; off-diagonal x 0.0051, in all x 0.1, as HEX's code."""
-    def __init__(self, backbone, width, *, hidden=8192, dim=8192, norm=nn.BatchNorm1d):
-        super().__init__(backbone, mlp(width, hidden, hidden, dim, norm=norm))
+    """Zbontar et al. 2021. As in the code of HEX's authors, the whole loss is weighted by 0.1."""
+    settings = dict(hidden=8192, dim=8192)
+    projector_layers = "hidden norm relu hidden norm relu dim"
+
     def loss(self, z1, z2):
-        a, b = (F.batch_norm(gather(z), None, None, training=True) for z in (z1, z2))   # (N, dim)
-        c = a.T @ b / len(a)                                                            # (dim, dim)
-        off_diagonal = c.square().sum() - c.diagonal().square().sum()
-        return 0.1 * ((c.diagonal() - 1).square().sum() + 0.0051 * off_diagonal), [(z1, z2)]
+        a = F.batch_norm(z1, None, None, training=True)
+        b = F.batch_norm(z2, None, None, training=True)
+        c = a.T @ b / len(a)                                # (dim, dim)
+        on_diagonal = (c.diagonal() - 1).square().sum()
+        return 0.1 * (on_diagonal + 0.0051 * off_diagonal(c)), [(z1, z2)]
+
 
 class VICReg(BarlowTwins):
-    """Bardes et al. 2022, over all ranks; summed over views (the official code halves variance)."""
+    """Bardes et al. 2022, summed over both views (the official code halves the variance)."""
     scale = 5.0
-    def loss(self, z1, z2):
-        a, b = gather(z1), gather(z2)                                                   # (N, dim)
-        loss = 25 * F.mse_loss(a, b)
-        for z in (a, b):
-            variance = F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
-            c = (z - z.mean(0)).T @ (z - z.mean(0)) / (len(z) - 1)                      # (dim, dim)
-            loss = loss + 25 * variance + (c.square().sum() - c.diagonal().square().sum()) / len(c)
-        return loss, [(z1, z2)]
 
-METHODS = {"simclr": SimCLR, "nnclr": NNCLR, "mocov3": MoCoV3, "byol": BYOL, "simsiam": SimSiam,
-           "barlow": BarlowTwins, "vicreg": VICReg}
-LOSSES = ("base", "infonce", "dcl", "hex", "released")
+    def loss(self, z1, z2):
+        own = 25 * F.mse_loss(z1, z2)
+        for z in (z1, z2):
+            variance = F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+            centered = z - z.mean(0)
+            c = centered.T @ centered / (len(z) - 1)        # (dim, dim)
+            own = own + 25 * variance + off_diagonal(c) / len(c)
+        return own, [(z1, z2)]
+
+
+METHODS = dict(
+    simclr=SimCLR, nnclr=NNCLR, mocov3=MoCoV3, byol=BYOL, simsiam=SimSiam, barlow=BarlowTwins,
+    vicreg=VICReg)
+LOSSES = dict(base=None, infonce=info_nce, dcl=dcl, hex=hex_nce, released=released)
+
 
 class HEX(nn.Module):
-    """The wrapper: loss = (1 - alpha) own + alpha scale mean over pairs of F(a, b), F by `loss`.
-    method: a Method, or any module with its forward and loss (after_step optional). alpha, scale:
-    the method's, else 0.1, 1. For `warmup` epochs the own loss is alone; with a warmup_threshold,
-    F with H above it. of_hex: to hex_nce. ValueError: unknown loss; bare tensor; no pairs."""
-    def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1, threshold=None,
-                 warmup=0, warmup_threshold=None, **of_hex):
+    """The wrapper: loss = (1 - alpha) own + alpha scale (mean over the pairs of LOSSES[loss]).
+
+    method: a Method, or any module with its forward and loss; after_step is optional. alpha and
+    scale are by default the method's, or 0.1 and 1. With alpha = 1 the own loss has no part, and
+    with the loss "base" it stands alone. For `warmup` epochs it stands alone, too, or if there is a
+    warmup_threshold, H is what lies above that. of_hex: more options of hex_nce.
+    ValueError: an unknown loss, a forward that gives a bare tensor, a method that gives no pairs.
+    """
+    def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1,
+                 threshold=None, warmup=0, warmup_threshold=None, **of_hex):
         super().__init__()
         require(loss in LOSSES, f"loss = {loss!r} is not one of {', '.join(LOSSES)}")
-        self.method, self.name, self.temperature, self.threshold = method, loss, temperature, threshold
-        self.warmup, self.warmup_threshold = warmup, warmup_threshold
-        of_hex = partial(hex_nce, released=loss == "released", **of_hex)
-        self.term = {"infonce": info_nce, "dcl": dcl}.get(loss, of_hex)                 # F
+        self.method = method
+        self.name = loss
         self.alpha = getattr(method, "alpha", 0.1) if alpha is None else alpha
         self.scale = getattr(method, "scale", 1.0) if scale is None else scale
-        self.after_step = getattr(method, "after_step", lambda step: None)
+        self.temperature = temperature
+        self.threshold = threshold
+        self.warmup = warmup
+        self.warmup_threshold = warmup_threshold
+        self.of_hex = of_hex
+
     def forward(self, x1, x2):
         embeddings = self.method(x1, x2)
-        require(not isinstance(embeddings, torch.Tensor), "forward gave a bare tensor, not a tuple")
+        require(not torch.is_tensor(embeddings), "forward gave a bare tensor, not a tuple")
         return embeddings
+
     def loss(self, *embeddings, epoch=0, threshold=None):
-        """-> loss (scalar), stats (detached scalars). threshold: of this batch (the oracle's)."""
+        """The embeddings of all N images -> the loss (a scalar), statistics (detached scalars).
+
+        epoch: from 0, for the warm-up and scheduled thresholds. threshold: of this batch alone.
+        """
+        is_early = epoch < self.warmup
+        if is_early:
+            threshold = self.warmup_threshold
+        elif threshold is None:
+            threshold = self.threshold
+        own_alone = self.name == "base" or is_early and threshold is None
+
+        options = {}
+        if self.name in ("hex", "released"):
+            options = dict(threshold=threshold, epoch=epoch)
+        if self.name == "hex":
+            options |= self.of_hex
+
         with torch.autocast(embeddings[0].device.type, enabled=False):
-            embeddings = [e.float() if e.dtype in (torch.float16, torch.bfloat16) else e for e in embeddings]
+            embeddings = [e.to(torch.promote_types(e.dtype, torch.float32)) for e in embeddings]
             loss, pairs = self.method.loss(*embeddings)
-            loss = torch.as_tensor(loss, device=embeddings[0].device)
-            stats, early = {"own": loss.detach()}, epoch < self.warmup
-            if self.name != "base" and not (early and self.warmup_threshold is None):
+            stats = dict(own=torch.as_tensor(loss).detach())
+            if not own_alone:
                 require(pairs, f"loss = {self.name!r} needs pairs (a, b); the method gave none")
-                loss = 0 if self.alpha == 1 else (1 - self.alpha) * loss    # 0 frees its graph
-                above = self.warmup_threshold if early else self.threshold if threshold is None else threshold
-                more = dict(threshold=above, epoch=epoch) if self.name in ("hex", "released") else {}
-                terms = [self.term(a, b, self.temperature, **more) for a, b in pairs]
-                values, each = zip(*(term if more else (term, {}) for term in terms))
-                loss = loss + self.alpha * self.scale * sum(values) / len(pairs)
-                stats |= {key: sum(one[key] for one in each) / len(pairs) for key in each[0]}
-                stats[self.name] = sum(values).detach() / len(pairs)
-            return loss + sum(0 * e.sum() for e in embeddings if e.requires_grad), stats  # DDP: all
+                # With alpha = 1 the own loss is let go of, so that its graph is freed.
+                loss = 0 if self.alpha == 1 else (1 - self.alpha) * loss
+                terms = [LOSSES[self.name](a, b, self.temperature, **options) for a, b in pairs]
+                if not options:
+                    terms = [(term, {}) for term in terms]
+                values, more = zip(*terms)
+                mean = sum(values) / len(pairs)
+                loss = loss + self.alpha * self.scale * mean
+                for key in more[0]:
+                    stats[key] = sum(each[key] for each in more) / len(pairs)
+                stats[self.name] = mean.detach()
 
-class UserError(Exception):         # what a run met, and the user can mend: one line that says how
-    status = 1                      # the exit status
+        # An embedding that is not part of the loss still gets a gradient, of 0: DDP waits for it.
+        for e in embeddings:
+            if e.requires_grad:
+                loss = loss + 0 * e.sum()
+        return loss, stats
 
-def group_norm(channels, affine=True):          # 16 channels a group where they divide
-    return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, affine=affine)
+    def after_step(self, done, outputs=()):
+        """See Method. It does nothing where the method has no such function."""
+        if hasattr(self.method, "after_step"):
+            self.method.after_step(done, outputs)
+
+
+# === Settings =====================================================================================
+# Each field is an option: batch_size is --batch-size. Its type is its check, and the comment behind
+# it is its help. Where the default is None, the recipe or the method has one.
+
+class UserError(Exception):
+    """What the user can mend. Its text is one line, which says how."""
+    status = 1                                              # the exit status
+    is_common = False                                       # whether all ranks raise it
+
+
+class CommandError(UserError):
+    """The command itself is wrong."""
+    status = 2
+    is_common = True
+
+
+def within(low, high):
+    """The type of a setting: a number from low to high, an integer if low is one."""
+    def number(text):
+        with contextlib.suppress(ValueError):
+            value = type(low)(text)
+            if low <= value <= high:
+                return value
+        kind = type(low).__name__
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind} from {low} to {high}; give one")
+    return number
+
+
+def path(text):
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; leave it out")
+    return os.path.abspath(text)
+
+
+Count, Positive = within(0, 2**31), within(1, 2**31)
+Share, Weight, Rate = within(0.0, 1.0), within(0.0, 1e6), within(1e-9, 1e6)
+
+
+@dataclass(eq=False)
+class Experiment:
+    """The settings that a result depends on. With the data, they are what a run's folder is of."""
+    data: Literal["shapes", "cifar10", "cifar100", "imagenet", "folder"] = "shapes"  # to train on
+    method: Literal[tuple(METHODS)] = "simclr"  # the SSL method
+    loss: Literal[tuple(LOSSES)] = "hex"  # base: the method's own, alone
+    seed: Count = 0  # of weights, order and views
+
+    # The loss.
+    alpha: Share = None  # weight of the loss against the method's own
+    temperature: within(1e-3, 1e6) = 0.1  # tau
+    threshold: Literal["adaptive", "step", "cosine", "oracle"] = "adaptive"  # oracle: from LABELS
+    quantile: within(1e-6, 1 - 1e-6) = 0.99  # q of the adaptive threshold
+    drop: Share = 0.1  # what the step threshold falls by
+    drop_every: Positive = None  # the epochs after which it falls
+    beta: Weight = 1.0  # how much the nearest weigh in Q
+    tau_plus: within(0.0, 1 - 1e-6) = 0.1  # assumed share of positives in H
+    decoupled: bool = False  # HEX without the positive in the sum
+    hex_warmup: Count = None  # first epochs, with the method's own loss
+    warmup_threshold: Share = None  # in these epochs, HEX with this threshold instead
+
+    # The network.
+    backbone: str = None  # a torchvision classifier, resnet10_narrow, or pixels
+    norm: Literal["batch", "group"] = "batch"  # normalization of backbone and heads
+    hidden: Positive = None  # hidden width of the projector
+    dim: Positive = None  # width of an embedding
+    predictor: Positive = None  # hidden width of the predictor
+    queue: Positive = None  # embeddings in NNCLR's queue
+    ema: Share = None  # momentum of the target at the start
+
+    # The views. Of two numbers, each is for one view.
+    size: within(8, 4096) = 32  # side of a view in pixels
+    crop_min: within(1e-3, 1.0) = 0.08  # least share of the picture in a view
+    jitter: Share = (0.8, 0.8, 0.8, 0.2)  # most change of brightness, contrast, saturation, hue
+    grayscale: Share = 0.2  # share of gray views
+    blur: Share = (0.5, 0.5)  # share of blurred views
+    solarize: Share = (0.0, 0.0)  # share of solarized views
+
+    # The training.
+    epochs: Count = None  # 0 evaluates a random backbone
+    batch_size: within(2, 2**31) = 256  # images in one loss
+    accumulate: Positive = 1  # losses in one step (adds no negatives)
+    lr: Rate = 0.3  # base rate; the rate is lr * batch_size * accumulate / 256
+    lr_warmup: Count = None  # epochs of linear rise
+    weight_decay: Weight = 1e-4  # L2, not on biases and norms
+    eta: Rate = 0.02  # trust coefficient of LARS
+    clip: bool = True  # LARS only lowers rates
+    amp: Literal["off", "bf16", "fp16"] = "fp16"  # autocast; off on a CPU
+
+
+@dataclass(eq=False)
+class Config(Experiment):
+    """With the settings that only concern how it is run, and how it is evaluated."""
+    recipe: Literal["shapes", "small", "cifar", "imagenet"] = None  # defaults of the above; by data
+    root: path = None  # DIR/{train,val}/<class>/*, pictures anywhere below, or CIFAR's archive
+    out: path = None  # where results go; runs/<data>-<method>-<loss>-s<seed>
+    skip_bad_files: bool = False  # replace an unreadable file by the next, and say so
+    probe: path = None  # evaluate this backbone.pt and do nothing else
+    probe_epochs: Positive = 100  # epochs of the linear probe
+    label_fraction: within(1e-6, 1.0) = 1.0  # share of the train labels it sees, class-balanced
+    device: Literal["cpu", "cuda"] = None  # cuda where there is one
+    workers: within(0, 256) = None  # loader processes a rank
+    compile: bool = False  # torch.compile the method
+    checkpoint_every: Positive = None  # steps between checkpoints, beside each epoch's
+    log_every: Positive = 10  # steps between lines of metrics.jsonl
+
+
+# A recipe is a line of options, for all methods; then come those in which a method differs. The
+# README names the sources.
+RECIPES = {
+    "shapes": "--backbone resnet10_narrow --hidden 256 --dim 64 --predictor 256 --queue 2048 "
+              "--epochs 12 --batch-size 128 --lr 1.0 --no-clip --amp off --temperature 0.2 "
+              "--crop-min 0.5 --grayscale 1.0 --blur 0 0",
+    "shapes byol": "--lr 0.3 --ema 0.97",
+
+    "small": "--backbone resnet10_narrow --hidden 512 --dim 128 --predictor 512 --queue 4096 "
+             "--epochs 15 --lr 0.2 --no-clip --amp off --temperature 0.2 --crop-min 0.2 --blur 0 0",
+    "small byol": "--lr 0.15 --ema 0.97",
+
+    "cifar": "--backbone resnet18 --epochs 400 --lr 0.4 --drop-every 100",
+    "cifar nnclr": "--jitter 0.4 0.4 0.2 0.1 --blur 0 0 --solarize 0 0.2 --temperature 0.2 "
+                   "--lr 1.0 --weight-decay 1e-5 --queue 65536 --warmup-threshold 0.9 --drop 0",
+    "cifar mocov3": "--jitter 0.4 0.4 0.2 0.1 --blur 0 0 --solarize 0 0.2 --temperature 0.2 "
+                    "--lr 0.3 --weight-decay 1e-6",
+    "cifar byol": "--jitter 0.4 0.4 0.2 0.1 --blur 0 0 --solarize 0 0.2 --lr 1.0 "
+                  "--weight-decay 1e-5",
+    "cifar simsiam": "--jitter 0.4 0.4 0.4 0.1 --blur 0 0",
+    "cifar barlow": "--jitter 0.4 0.4 0.2 0.1 --blur 0 0 --solarize 0 0.2 --lr 0.3 --hidden 2048 "
+                    "--dim 2048 --hex-warmup 0",
+    "cifar vicreg": "--jitter 0.4 0.4 0.2 0.1 --blur 0 0 --solarize 0 0.2 --hidden 2048 --dim 2048",
+
+    "imagenet": "--backbone resnet50 --size 224 --epochs 100 --weight-decay 1e-6 --drop-every 20",
+    "imagenet simclr": "--accumulate 16",
+    "imagenet nnclr": "--jitter 0.4 0.4 0.2 0.1 --blur 1 0.1 --solarize 0 0.2 --weight-decay 1e-5 "
+                      "--warmup-threshold 0.9 --drop-every 25",
+    "imagenet mocov3": "--jitter 0.4 0.4 0.2 0.1 --blur 1 0.1 --solarize 0 0.2 --temperature 1.0 "
+                       "--lr 0.6",
+    "imagenet byol": "--jitter 0.4 0.4 0.2 0.1 --blur 1 0.1 --solarize 0 0.2 --lr 0.45",
+    "imagenet simsiam": "--jitter 0.4 0.4 0.4 0.1 --lr 0.05 --weight-decay 1e-4",
+    "imagenet barlow": "--jitter 0.4 0.4 0.2 0.1 --blur 1 0.1 --solarize 0 0.2",
+    "imagenet vicreg": "--jitter 0.4 0.4 0.2 0.1 --blur 1 0.1 --solarize 0 0.2",
+}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def make_parser():
+    def fail(message):
+        raise CommandError(message)
+
+    parser = argparse.ArgumentParser("hex.py", "hex.py [options]", allow_abbrev=False)
+    parser.error = fail
+    source = inspect.getsource(Experiment) + inspect.getsource(Config)
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
+    for field in fields(Config):
+        how = dict(default=argparse.SUPPRESS, help=f"{comments[field.name]} [{field.default}]")
+        choices = get_args(field.type)
+        if field.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif choices:
+            how["choices"] = choices
+        else:
+            how |= dict(type=field.type, metavar="X")
+        if isinstance(field.default, tuple):
+            how["nargs"] = len(field.default)
+        parser.add_argument(flag(field.name), **how)
+    return parser
+
+
+def parse(argv):
+    """Returns the Config of a command line. CommandError: it is wrong.
+
+    Of each setting the last counts that is said: by the field above, the method's class, the
+    recipe, the recipe for the method, the run whose backbone is probed, the command line.
+    """
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    of_run = options_of_run(given) if "probe" in given else []
+    said = parser.parse_args([*of_run, *argv], Config())
+    recipe = dict(cifar10="cifar", cifar100="cifar", folder="imagenet").get(said.data, said.data)
+    recipe = said.recipe or recipe
+    of_recipe = RECIPES[recipe] + " " + RECIPES.get(f"{recipe} {said.method}", "")
+
+    method = METHODS[said.method]
+    cfg = Config(recipe=recipe, alpha=method.alpha)
+    vars(cfg).update(method.settings, temperature=cfg.temperature)
+    parser.parse_args([*of_recipe.split(), *of_run, *argv], cfg)
+    for name in {"predictor", "queue", "ema"} - method.settings.keys():
+        setattr(cfg, name, None)
+
+    # In short runs, the warm-ups take a tenth of the epochs.
+    tenth = math.ceil(cfg.epochs / 10)
+    if cfg.hex_warmup is None:
+        cfg.hex_warmup = min(10, round(cfg.epochs / 10))
+    if cfg.lr_warmup is None:
+        cfg.lr_warmup = max(0, min(10, tenth, cfg.epochs - 1))
+    cfg.drop_every = cfg.drop_every or max(1, tenth)
+
+    if cfg.device is None:
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cpu" and "amp" not in given:
+        cfg.amp = "off"
+    if cfg.workers is None:
+        # On a CPU, pictures that are in memory are cropped fastest by the run itself.
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cfg.workers = min(12, cores // 2) if cfg.device == "cuda" or has_files(cfg) else 0
+    check(cfg, given)
+    return cfg
+
+
+def has_files(cfg):
+    return cfg.data in ("imagenet", "folder")
+
+
+def options_of_run(given):
+    """What the config.json beside a backbone says of it, as options of the command line."""
+    names = ["recipe", "backbone", "norm", "size"]
+    if "data" not in given:
+        names += ["data", "root"]
+    probe, remedy = given["probe"], "give --backbone, --size, --norm and --data"
+    beside = os.path.join(os.path.dirname(probe), "config.json")
+    if not os.path.exists(probe):
+        raise CommandError(f"--probe {probe}: there is no such file; give another")
+    if {"backbone", "norm", "size", "data"} <= given.keys():
+        return []
+    if not os.path.exists(beside):
+        raise CommandError(f"--probe {probe}: there is no config.json beside it; {remedy}")
+    saved = read_json(beside, remedy)["config"]
+    return [f"{flag(name)}={saved[name]}" for name in names if saved[name] is not None]
+
+
+# Where a setting is one of these, those options would have no effect, and are refused.
+IDLE = """
+loss base: alpha hex_warmup
+loss base infonce dcl: threshold quantile drop drop_every warmup_threshold
+loss base infonce dcl released: beta tau_plus decoupled
+threshold step cosine oracle: quantile
+threshold adaptive cosine oracle: drop drop_every
+method simclr barlow vicreg: predictor
+method simclr mocov3 byol simsiam barlow vicreg: queue
+method simclr nnclr simsiam barlow vicreg: ema
+data shapes: root
+data shapes cifar10 cifar100: skip_bad_files
+"""
+
+
+def check(cfg, given):
+    """CommandError: an option that would have no effect, or options that contradict each other."""
+    for line in IDLE.strip().splitlines():
+        where, _, names = line.partition(": ")
+        setting, *values = where.split()
+        value = getattr(cfg, setting)
+        for name in names.split():
+            if value in values and name in given:
+                ignored = f"{flag(name)} {given[name]}: {flag(setting)} {value} ignores it"
+                raise CommandError(f"{ignored}; leave it out")
+    if cfg.probe:
+        fitting = {"data", "backbone", "norm", "size", "seed", "amp"}
+        for name in given.keys() & vars(Experiment()).keys() - fitting:
+            raise CommandError(f"{flag(name)} {given[name]}: --probe ignores it; leave it out")
+
+    wrong = {
+        f"--root {cfg.root}: is no folder; --data {cfg.data} needs --root DIR":
+            has_files(cfg) and not os.path.isdir(cfg.root or ""),
+        f"--batch-size {cfg.batch_size}: give a multiple of {RANKS}, the ranks":
+            cfg.accumulate % RANKS and cfg.batch_size % RANKS,
+        f"--hex-warmup {cfg.hex_warmup}: leaves no epoch; give --hex-warmup {cfg.epochs - 1}":
+            0 < cfg.epochs <= cfg.hex_warmup,
+        f"--lr-warmup {cfg.lr_warmup}: leaves no epoch; give --lr-warmup {cfg.epochs - 1}":
+            0 < cfg.epochs <= cfg.lr_warmup,
+        f"--threshold oracle: {cfg.data} has no super-classes; give --data shapes or cifar100":
+            cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"),
+        "--device cuda: no GPU is visible; give --device cpu":
+            cfg.device == "cuda" and not torch.cuda.is_available(),
+        "--backbone pixels: has no weights to train; add --epochs 0":
+            cfg.backbone == "pixels" and cfg.epochs and not cfg.probe,
+    }
+    for message, is_so in wrong.items():
+        if is_so:
+            raise CommandError(message)
+
+
+# === Backbones ====================================================================================
+# They are torchvision's, on the CPU. Their weights are drawn in build_model, from the seed.
+
+def group_norm(channels, affine=True):
+    """GroupNorm with 16 channels a group, where they divide."""
+    groups = math.gcd(channels, max(1, channels // 16))
+    return nn.GroupNorm(groups, channels, affine=affine)
+
 
 def resnet10_narrow(norm_layer=nn.BatchNorm2d):
-    """ResNet-10, 16 to 128 channels, for a CPU. SiLU: at a kink rounding would tell ranks apart."""
+    """A ResNet-10 of 16 to 128 channels, for a CPU.
+
+    SiLU takes the place of ReLU: at a kink, rounding alone would tell two ranks from one process.
+    """
     layers = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), norm_layer(16), nn.SiLU()]
     for fan_in, fan_out, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 128, 2)):
-        skip = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), norm_layer(fan_out))
-        block = torchvision.models.resnet.BasicBlock(fan_in, fan_out, stride, skip, norm_layer=norm_layer)
+        skip = nn.Conv2d(fan_in, fan_out, 1, stride, bias=False)
+        skip = nn.Sequential(skip, norm_layer(fan_out))
+        block = torchvision.models.resnet.BasicBlock(
+            fan_in, fan_out, stride, skip, norm_layer=norm_layer)
         block.relu = nn.SiLU()
         layers.append(block)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1000))
 
+
 def build_backbone(name, size=224, norm="batch"):
-    """-> a torchvision model (or resnet10_narrow) without last Linear, its features. UserError."""
-    if name == "pixels":                                   # the raw pixels, to hold a probe against
+    """A torchvision classifier, or resnet10_narrow, without its last Linear. Returns it, and the
+    width of its features: (B, 3, size, size) -> (B, width). CommandError: there is none such.
+
+    "pixels" has no weights: its features are the pixels, to hold a probe against.
+    """
+    if name == "pixels":
         return nn.Flatten(), 3 * size * size
-    known = ["resnet10_narrow", *torchvision.models.list_models(module=torchvision.models)]
-    if name not in known:
-        fail(f"--backbone {name}: unknown; give one of {', '.join(known)}")
-    build = resnet10_narrow if name == known[0] else torchvision.models.get_model_builder(name)
-    kind = dict(image_size=size) if name.startswith("vit_") else {}
-    kind |= dict(aux_logits=False, init_weights=True) if name in ("googlenet", "inception_v3") else {}
+
+    options = {}
+    if norm == "group":
+        options["norm_layer"] = group_norm
+    if name.startswith("vit_"):
+        options["image_size"] = size
     try:
-        model = build(norm_layer=group_norm, **kind) if norm == "group" else build(**kind)
-        linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        require(linear, "it has no Linear classifier to remove")
-        width = model.get_submodule(linear[-1]).in_features
-        model.set_submodule(linear[-1], nn.Identity())
-        if isinstance(model, torchvision.models.ResNet) and size <= 64:     # 3x3 stem, no max-pool
+        if name == "resnet10_narrow":
+            model = resnet10_narrow(**options)
+        else:
+            model = torchvision.models.get_model(name, **options)
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        model.set_submodule(linears[-1], nn.Identity())
+
+        # Small pictures would vanish in the stem of a ResNet: it becomes 3x3, without max-pool.
+        if isinstance(model, torchvision.models.ResNet) and size <= 64:
             model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        shape = copy.deepcopy(model).eval()(torch.zeros(2, 3, size, size)).shape
-        require(shape == (2, width), f"it gives {tuple(shape[1:])} features, not {width}")
-    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-        fail(f"--backbone {name}, --size {size}, --norm {norm}: {str(error).splitlines()[0]}; give resnet18")
-    return model, width
 
-# --- Data and augmentation ------------------------------------------------------------------------
-MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-            "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-            "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}     # and for all other data
+        _, width = model.eval()(torch.zeros(1, 3, size, size)).shape
+    except Exception as error:
+        asked = f"--backbone {name}, --size {size}, --norm {norm}"
+        raise CommandError(f"{asked}: {error or 'no Linear'}; give resnet18") from error
+    return model.train(), width
 
-def rng_of(*key):       # a random generator that depends on the key alone
+
+# === Data and views ===============================================================================
+# All that is random in the data is drawn here, from a generator that is seeded with what it is for.
+# Labels stay with the data: a view carries none. They are read by the probe, by the figures of each
+# epoch and by the oracle.
+
+MEAN_STD = dict(
+    cifar10=((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    cifar100=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    imagenet=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))        # and for all other data
+
+
+def rng_of(*key):
+    """A random generator that depends on the key alone."""
     return random.Random(" ".join(map(str, key)))
-def permutation(count, *key):
-    return torch.randperm(count, generator=torch.Generator().manual_seed(rng_of(*key).getrandbits(63)))
 
+
+def permutation(count, *key):
+    """A random order of range(count) that depends on the key alone."""
+    generator = torch.Generator().manual_seed(rng_of(*key).getrandbits(63))
+    return torch.randperm(count, generator=generator)
+
+
+def digest(*parts):
+    """SHA-256 of some bytes."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+@dataclass(eq=False)
 class Pictures:
-    """uint8 pictures (n, 3, H, W) in memory, with fine labels (n,) and coarse ones, or None."""
-    def __init__(self, pictures, targets, coarse=None):
-        self.pictures, self.targets, self.coarse, self.read = pictures, targets, coarse, pictures.__getitem__
+    """uint8 pictures (n, 3, H, W) in memory. Fine and coarse labels: (n,), or None."""
+    pictures: torch.Tensor
+    targets: torch.Tensor
+    coarse: torch.Tensor = None
+
     def __len__(self):
         return len(self.pictures)
-    def identity(self):
-        return self.pictures.numpy().tobytes() + self.targets.numpy().tobytes()
+
+    def read(self, index):
+        return self.pictures[index]
+
+    def digest(self):
+        return digest(self.pictures.numpy().tobytes(), self.targets.numpy().tobytes())
+
 
 class Folder:
-    """ROOT/<class>/**, or unlabelled ROOT/**: no hidden files (.name, .folder/). only: classes."""
-    def __init__(self, root, labelled=True, only=None):
-        def unreadable(error):
-            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that") from error
-        self.root, self.files, self.classes, self.targets, self.coarse = root, [], [], None, None
-        for folder, inside, names in os.walk(root, onerror=unreadable, followlinks=True):
-            inside[:], names = (sorted(name for name in each if name[0] != ".") for each in (inside, names))
-            self.files += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+    """The files in ROOT/<class>/**, or without labels in ROOT/**. All are taken for pictures, but
+    for those whose name, or whose folder's name, begins with a dot."""
+    coarse = targets = None
+
+    def __init__(self, root, labelled=True):
+        self.root = root
+        self.files = list(files_below(root))
+        self.classes = []
         if labelled:
-            class_of = {file: file.split(os.sep)[0] for file in self.files if os.sep in file}
-            self.classes = sorted(only or set(class_of.values()))
-            label = {name: i for i, name in enumerate(self.classes)}
-            self.files = [file for file, name in class_of.items() if name in label]
-            self.targets = torch.tensor([label[class_of[file]] for file in self.files], dtype=torch.long)
-            for name in set(self.classes) - set(class_of.values()):
-                raise UserError(f"--classes: {root} has no folder {name} with pictures; take it off the list")
+            self.files = [file for file in self.files if "/" in file]
+            names = [file.partition("/")[0] for file in self.files]
+            self.classes = sorted(set(names))
+            label = {name: number for number, name in enumerate(self.classes)}
+            self.targets = torch.tensor([label[name] for name in names], dtype=torch.long)
+
     def __len__(self):
         return len(self.files)
+
     def read(self, index):
-        """(3, H, W) uint8, upright. JPEG by torchvision, whose PNG decoder may crash. UserError."""
+        """(3, H, W) uint8, upright. UserError: it is no picture."""
         path = os.path.join(self.root, self.files[index])
         try:
             require(os.path.isfile(path), "no regular file")
-            with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-                data = file.read()
-                picture = Image.open(io.BytesIO(data))          # refuses what would fill the memory
-                if data[:2] == b"\xff\xd8":
-                    data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    return torchvision.io.decode_jpeg(data, mode="RGB", apply_exif_orientation=True)
-                picture = ImageOps.exif_transpose(picture)
-                if picture.mode.startswith("I;16"):
-                    return (TF.pil_to_tensor(picture).int() % 65536 // 257).byte().expand(3, -1, -1)
-                return TF.pil_to_tensor(picture.convert("RGB"))
+            with warnings.catch_warnings(action="ignore"):
+                return decode(path)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{clean(path)}: not readable ({reason}); mend it, or --skip-bad-files") from None
-    def identity(self):
-        return os.fsencode("\0".join([*self.classes, "", *self.files]))
+            reason = f"{type(error).__name__}: {error}"
+            reason = f"{path}: not readable ({reason}); mend it, or --skip-bad-files"
+            raise UserError(reason) from None
+
+    def digest(self):
+        return digest(os.fsencode("\0".join([*self.classes, "", *self.files])))
+
+
+def files_below(root, prefix=""):
+    """The paths of all files but hidden ones, from root on: of a folder, then of those in it."""
+    entries = sorted(os.scandir(f"{root}/{prefix}"), key=lambda entry: entry.name)
+    entries = [entry for entry in entries if entry.name[0] != "."]
+    yield from (prefix + entry.name for entry in entries if not entry.is_dir())
+    for entry in entries:
+        if entry.is_dir():
+            yield from files_below(root, f"{prefix}{entry.name}/")
+
+
+def decode(path):
+    """(3, H, W) uint8. JPEG by torchvision, which is twice as fast; all else by Pillow, as
+    torchvision's PNG decoder dies of a damaged file."""
+    picture = Image.open(path)                              # refuses what would fill the memory
+    if picture.format in ("JPEG", "MPO"):
+        data = torchvision.io.read_file(path)
+        return torchvision.io.decode_jpeg(data, mode="RGB", apply_exif_orientation=True)
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):                     # Pillow would cut 16 bits off at 255
+        gray = TF.pil_to_tensor(picture).int() % 65536 // 257
+        return gray.byte().expand(3, -1, -1)
+    return TF.pil_to_tensor(picture.convert("RGB"))
+
 
 def draw_shapes(count, seed):
-    """Polygon, star, flower, frame (coarse label) of 3, 4, 6 corners (fine label), 32x32 pixels."""
-    g, kind = torch.Generator().manual_seed(seed), torch.arange(count) % 12
-    family, corners = kind // 3, torch.tensor([3.0, 4.0, 6.0])[kind % 3, None, None]
+    """32x32 pictures of a polygon, star, flower or frame (the coarse label, of 4) with 3, 4 or 6
+    corners (with it the fine label, of 12)."""
+    generator = torch.Generator().manual_seed(seed)
+
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(count, *shape, generator=g)
-    axis = torch.linspace(-1, 1, 64)                              # drawn at 64 pixels, halved below
-    x, y = (axis.view(shape) - uniform(-0.2, 0.2, 1, 1) for shape in ((1, 1, -1), (1, -1, 1)))
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    fine = torch.arange(count) % 12
+    coarse = fine // 3
+    corners = torch.tensor([3.0, 4.0, 6.0])[fine % 3, None, None]
+
+    # Polar coordinates around a random centre, of random size and direction, at 64x64 pixels.
+    axis = torch.linspace(-1, 1, 64)
+    x = axis - uniform(-0.2, 0.2, 1, 1)                     # (count, 1, 64)
+    y = axis[:, None] - uniform(-0.2, 0.2, 1, 1)            # (count, 64, 1)
     radius = torch.hypot(x, y) / uniform(0.5, 0.8, 1, 1)
     angle = torch.atan2(y, x) + uniform(0, 2 * math.pi, 1, 1)
-    half = math.pi / corners                                            # half the angle of a sector
-    phi = (angle % (2 * half) - half).abs()                       # 0 between corners, `half` at one
-    polygon, flower = half.cos() / phi.cos(), 0.65 - 0.35 * (corners * angle).cos()
-    star = 0.4 * half.sin() / (0.4 * phi.sin() + (half - phi).sin())        # from corner to notch
-    edge = torch.stack([polygon, star, flower, polygon])[family, torch.arange(count)]
-    hole = (family == 3)[:, None, None] & (radius < 0.6 * edge)
-    inside = F.avg_pool2d(((radius < edge) & ~hole).float()[:, None], 2)    # (count, 1, 32, 32)
-    dark, bright = uniform(0, 0.35, 3, 1, 1), uniform(0.65, 1, 3, 1, 1)    # seen without color, too
-    swap = uniform(0, 1, 1, 1, 1) < 0.5
-    back, ink = torch.where(swap, dark, bright), torch.where(swap, bright, dark)
-    ramp = uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
-    return Pictures((255 * torch.lerp(back + ramp, ink, inside).clamp(0, 1)).byte(), kind, family)
 
-def load_data(cfg):
-    """-> train, val or None. Each has len, read(index), targets or None, coarse, identity().
-    CIFAR: a machine's first process downloads it. UserError: pictures or classes are missing."""
-    if cfg.data == "shapes":
-        return draw_shapes(4096, 0), draw_shapes(1024, 1)
-    if cfg.data in ("cifar10", "cifar100"):
-        kind, root = getattr(torchvision.datasets, cfg.data.upper()), cfg.root or "data"
-        try:
-            if process()[2] == 0:
-                kind(root, download=True)
-            agree("downloaded", cfg, "data")                    # waits for all
-            splits = [kind(root, train=train) for train in (True, False)]
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--data {cfg.data}: {error}; put {kind.filename} in {root}") from error
-        targets = [torch.tensor(split.targets) for split in splits]
-        pictures = [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in splits]
-        # The super-class (Krizhevsky 2009) of each of CIFAR-100's classes, a digit of base 20 each.
-        digits = ("41e80677i33e9i7b397b6b5a76df3f0b1aceg9b55j88fdehia"
-                  "g4h420h4iha32ccgc19j2a01gc9dfdgj246j558ji12f60h8ed")
-        above = torch.tensor([int(digit, 20) for digit in digits])
-        coarse = [above[y] if cfg.data == "cifar100" else None for y in targets]
-        return [*map(Pictures, pictures, targets, coarse)]
-    folders = [os.path.join(cfg.root, name) for name in ("train", "val")]
-    if cfg.data == "folder" and not os.path.isdir(folders[0]) and not cfg.classes:
-        train, val = Folder(cfg.root, labelled=False), None
-    else:
-        lines = cfg.classes and read(cfg.classes, lambda file: file.read().decode("utf-8-sig"), "give a text")
-        only = set(lines.splitlines()) - {""} if cfg.classes else None
-        if only == set():
-            fail(f"--classes {cfg.classes}: names no class; leave it out")
-        if not os.path.isdir(folders[0]):
-            raise UserError(f"--root {cfg.root}: there is no train/<class>/* in it; make it, or give another")
-        train = Folder(folders[0], only=only)
-        val = Folder(folders[1], only=only) if cfg.data == "imagenet" or os.path.isdir(folders[1]) else None
-        differing = sorted(set(train.classes) ^ set(val.classes)) if val else []
-        if differing or not train.classes:
-            raise UserError(f"--root {cfg.root}: train/ and val/ need the same class folders with pictures "
-                            f"(valprep.sh sorts a flat val/); not so: {', '.join(differing[:5]) or 'all'}")
-    if len(train) < 2:
-        raise UserError(f"--root {cfg.root}: {len(train)} pictures are too few; add some")
+    # The outline is a radius for each angle. phi is the angle to the nearest line between two
+    # corners, so it is 0 between them and `half` at one.
+    half = math.pi / corners
+    phi = (angle % (2 * half) - half).abs()
+    polygon = half.cos() / phi.cos()
+    star = 0.4 * half.sin() / (0.4 * phi.sin() + (half - phi).sin())
+    flower = 0.65 - 0.35 * (corners * angle).cos()
+    edge = torch.stack([polygon, star, flower, polygon])[coarse, torch.arange(count)]
+    hole = (coarse == 3)[:, None, None] & (radius < 0.6 * edge)
+    inside = (radius < edge) & ~hole
+    inside = F.avg_pool2d(inside.float()[:, None], 2)       # (count, 1, 32, 32), with soft edges
+
+    # Dark on bright or bright on dark, in random colors, with a gradient and noise.
+    dark = uniform(0, 0.35, 3, 1, 1)
+    bright = uniform(0.65, 1, 3, 1, 1)
+    swap = uniform(0, 1, 1, 1, 1) < 0.5
+    ramp = uniform(-0.2, 0.2, 3, 1, 1) * axis[::2] + uniform(-0.05, 0.05, 3, 32, 32)
+    ground = torch.where(swap, dark, bright) + ramp
+    picture = torch.lerp(ground, torch.where(swap, bright, dark), inside)
+    return Pictures((255 * picture.clamp(0, 1)).byte(), fine, coarse)
+
+
+def load_cifar(cfg):
+    """CIFAR-10 or -100 from cfg.root, downloaded if it is not there."""
+    kind = getattr(torchvision.datasets, cfg.data.upper())
+    root = cfg.root or "data"
+    try:
+        on_first_rank(lambda: kind(root, download=True) and None)
+        splits = [kind(root, train) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--data {cfg.data}: {error}; put {kind.filename} in {root}") from error
+
+    # The super-class (Krizhevsky 2009) of each of CIFAR-100's classes, a digit of base 20 each.
+    digits = ("41e80677i33e9i7b397b6b5a76df3f0b1aceg9b55j88fdehia"
+              "g4h420h4iha32ccgc19j2a01gc9dfdgj246j558ji12f60h8ed")
+    superclass = torch.tensor([int(digit, 20) for digit in digits])
+    for split in splits:
+        pictures = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
+        targets = torch.tensor(split.targets)
+        coarse = superclass[targets] if cfg.data == "cifar100" else None
+        yield Pictures(pictures, targets, coarse)
+
+
+def load_folder(cfg):
+    """ROOT/{train,val}/<class>/**. With --data folder val/ may be missing, or labels altogether."""
+    has_train, has_val = (os.path.isdir(f"{cfg.root}/{name}") for name in ("train", "val"))
+    if cfg.data == "folder" and not has_train:
+        return Folder(cfg.root, labelled=False), None
+    train = Folder(f"{cfg.root}/train")
+    if cfg.data == "folder" and not has_val:
+        return train, None
+    val = Folder(f"{cfg.root}/val")
+    differing = sorted({*train.classes} ^ {*val.classes})
+    if differing or not train.classes:
+        raise UserError(
+            f"--root {cfg.root}: train/ and val/ need the same class folders with pictures "
+            f"(valprep.sh sorts a flat val/); not so: {', '.join(differing[:5]) or 'all'}")
     return train, val
 
+
+def load_data(cfg):
+    """Returns train, and val or None. Each has len, read(index), targets, coarse and digest()."""
+    if cfg.data == "shapes":
+        return draw_shapes(4096, 0), draw_shapes(1024, 1)
+    return load_folder(cfg) if has_files(cfg) else load_cifar(cfg)
+
+
+class Changes(NamedTuple):
+    """What is done to a crop after it is cut, in this order. The values here change nothing."""
+    flip: float = 0.0                                       # 0 or 1
+    brightness: float = 1.0                                 # these three are factors
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0                                        # in turns of the color circle
+    gray: float = 0.0                                       # 0 or 1
+    blur: float = 0.0                                       # sigma in pixels, 0 for none
+    solarize: float = 0.0                                   # 0 or 1
+
+
+class Batch(NamedTuple):
+    """The views of B pictures: view 1 of each, then view 2 of each."""
+    crops: torch.Tensor                                     # (views B, 3, S, S), uint8
+    changes: torch.Tensor                                   # (views B, 8)
+    pictures: torch.Tensor                                  # (B,), which were read
+
+
 class Views(torch.utils.data.Dataset):
-    """(epoch, index) -> crops (views, 3, S, S) uint8, parameters (views, 8), index, the one
-    read: a function of (seed, epoch, index, view). views=0: a centre crop. color: jitter, gray."""
-    def __init__(self, pictures, cfg, *, views=2, seed=None, color=True):
-        self.pictures, self.cfg, self.views, self.color = pictures, cfg, views, color
+    """A list of keys (epoch, index) -> Batch. A view is a function of (seed, epoch, index, view).
+
+    So it does not depend on the batch, on the number of loader processes or ranks, or on a resume.
+    views: 2, 1, or 0 for a centre crop that is not changed.
+    """
+    def __init__(self, pictures, cfg, views=2, seed=None):
+        self.pictures = pictures
+        self.cfg = cfg
+        self.views = views
         self.seed = cfg.seed if seed is None else seed
+
+    def __getitem__(self, keys):
+        found = [self.read(index) for _, index in keys]
+        views = []
+        for view in range(max(1, self.views)):
+            for key, (picture, _) in zip(keys, found):
+                views.append(self.draw(picture, view, rng_of(self.seed, *key, view)))
+        crops, changes = zip(*views)
+        read = torch.tensor([index for _, index in found])
+        return Batch(torch.stack(crops), torch.tensor(changes), read)
+
     def read(self, index):
-        skip = self.cfg.skip_bad_files
-        for used in [*range(index, len(self.pictures)), *range(index)] if skip else [index]:
+        """A picture and its index. With skip_bad_files, it may be the next that can be read."""
+        count = len(self.pictures)
+        for each in range(index, index + count):
             try:
-                return self.pictures.read(used), used
+                return self.pictures.read(each % count), each % count
             except UserError as error:
-                if not skip:
+                if not self.cfg.skip_bad_files:
                     raise
-                print(f"hex.py: skipped {clean(error)}", file=sys.stderr, flush=True)
+                print(f"hex.py: skipped {one_line(error)}", file=sys.stderr, flush=True)
         raise UserError("no file of the data can be read: give another --root")
-    def __getitem__(self, key):
-        picture, used = self.read(key[1])
-        views = [self.view(picture, rng_of(self.seed, *key, number), number) for number in range(self.views)]
-        crops, parameters = zip(*views or [self.centre(picture)])
-        size = [self.cfg.size] * 2
-        crops = [TF.resize(crop, size, TF.InterpolationMode.BICUBIC, antialias=True) for crop in crops]
-        return torch.stack(crops), torch.tensor(parameters, dtype=torch.float32), key[1], used
-    def centre(self, picture):      # the usual 224 of 256, cut before resizing; small: whole
-        side = max(1, round(min(picture.shape[1:]) * (1 if self.cfg.size <= 64 else 224 / 256)))
-        return TF.center_crop(picture, [side, side]), [0, 1, 1, 1, 0, 0, 0, 0]
-    @staticmethod
-    def random_crop(rng, height, width, smallest):
-        """Inception's crop -> top, left, height, width: share to 1, ratio 3/4 to 4/3, 10 tries."""
-        for _ in range(10):
-            area = height * width * rng.uniform(smallest, 1)
-            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-        h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
-        return (height - h) // 2, (width - w) // 2, h, w
-    def view(self, picture, rng, number):
-        cfg, box = self.cfg, self.random_crop(rng, *picture.shape[1:], self.cfg.crop_min)
-        flip, jitter, gray, blur, solarize = (rng.random() for _ in range(5))
-        sigma, on = rng.uniform(0.1, 2.0), self.color and jitter < 0.8
-        brightness, contrast, saturation, hue = (on * rng.uniform(-most, most) for most in cfg.jitter)
-        gray, sigma = self.color and gray < cfg.grayscale, sigma * (blur < cfg.blur[number])
-        factors = [1 + brightness, 1 + contrast, 1 + saturation, hue]
-        return TF.crop(picture, *box), [flip < 0.5, *factors, gray, sigma, solarize < cfg.solarize[number]]
 
-def shift_hue(x, shift):    # x: (B, 3, H, W) in [0, 1]; shift: (B, 1, 1), in turns
-    value, chroma, (r, g, b) = x.amax(1), x.amax(1) - x.amin(1), x.unbind(1)
-    safe = torch.where(chroma == 0, 1, chroma)
-    sixth = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    sixth = torch.where(value == r, (g - b) / safe, sixth)
-    k = (torch.stack([5 + sixth, 3 + sixth, 1 + sixth], 1) + 6 * shift[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    def draw(self, picture, view, rng):
+        """The crop (3, S, S) and its Changes."""
+        cfg = self.cfg
+        box, changes = centre_box(*picture.shape[1:], cfg.size), Changes()
+        if self.views > 0:
+            box = random_box(rng, *picture.shape[1:], cfg.crop_min)
+            flip, jitter, gray, blur, solarize = (rng.random() for _ in range(5))
+            sigma = rng.uniform(0.1, 2.0)
+            jitters = [(jitter < 0.8) * rng.uniform(-most, most) for most in cfg.jitter]
+            brightness, contrast, saturation, hue = jitters
+            changes = Changes(
+                flip < 0.5, 1 + brightness, 1 + contrast, 1 + saturation, hue, gray < cfg.grayscale,
+                sigma * (blur < cfg.blur[view]), solarize < cfg.solarize[view])
+        crop = TF.crop(picture, *box)
+        bicubic = TF.InterpolationMode.BICUBIC
+        return TF.resize(crop, [cfg.size, cfg.size], bicubic, antialias=True), changes
 
-def gaussian_blur(x, sigma, kernel=13):     # x: (B, C, H, W); sigma: (B,), at most 2, 0 for none
+
+def centre_box(height, width, size):
+    """The usual 224 of 256 pixels, cut before they are resized. Of small pictures all."""
+    side = min(height, width)
+    if size > 64:
+        side = max(1, round(side * 224 / 256))
+    return round((height - side) / 2), round((width - side) / 2), side, side
+
+
+def random_box(rng, height, width, smallest):
+    """Inception's crop: top, left, height and width of a box in the picture, with a share of its
+    area from `smallest` to 1, and a ratio of 3/4 to 4/3."""
+    for _ in range(10):
+        area = height * width * rng.uniform(smallest, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+
+    # Of a long picture, as much as the ratio lets, from its middle.
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def shift_hue(x, shift):
+    """x: (B, 3, H, W) in [0, 1]. shift: (B, 1, 1), in turns of the color circle."""
+    red, green, blue = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    safe = torch.where(chroma == 0, 1, chroma)              # gray has no hue
+
+    # The hue in sixths of the circle, by the largest of the three colors.
+    hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    hue = torch.where(value == red, (green - blue) / safe, hue)
+
+    # And back: how far each color lies below the largest, by its distance on the circle.
+    place = torch.stack([5 + hue, 3 + hue, 1 + hue], 1)
+    place = (place + 6 * shift[:, None]) % 6
+    below = torch.minimum(place, 4 - place).clamp(0, 1)
+    return value[:, None] - chroma[:, None] * below
+
+
+def gaussian_blur(x, sigma, kernel=13):
+    """x: (B, C, H, W). sigma: (B,), in pixels, at most 2; 0 for none."""
     B, C, H, W = x.shape
     offset = torch.arange(kernel, device=x.device) - kernel // 2
-    weight = (-(offset / sigma.clamp_min(1e-4)[:, None]).square() / 2).softmax(1).repeat_interleave(C, 0)
+    distance = offset / sigma.clamp_min(1e-4)[:, None]
+    weight = (-distance.square() / 2).softmax(1)            # (B, kernel)
+    weight = weight.repeat_interleave(C, 0)[:, None]        # (B C, 1, kernel)
+
+    # Each channel of each picture is a group of its own, with its own kernel.
     x = F.pad(x.reshape(1, B * C, H, W), [kernel // 2] * 4, mode="reflect")
-    x = F.conv2d(x, weight[:, None, :, None], groups=B * C)                  # weight: (B C, kernel)
-    return F.conv2d(x, weight[:, None, None, :], groups=B * C).view(B, C, H, W)
+    x = F.conv2d(x, weight[..., None], groups=B * C)        # down
+    x = F.conv2d(x, weight[:, :, None], groups=B * C)       # across
+    return x.view(B, C, H, W)
 
-def augment(crops, parameters, mean_std=MEAN_STD["imagenet"], *, color=True, blur=False, solarize=False):
-    """Crops (B, 3, S, S) uint8, parameters (B, 8) -> normalized float views, all at once."""
-    flip, brightness, contrast, saturation, hue, gray, sigma, invert = parameters.T[..., None, None, None]
-    x = torch.where(flip > 0, crops.flip(-1), crops).float() / 255
+
+def augment(batch, cfg, color=True):
+    """A Batch -> normalized float views (views B, 3, S, S) on the device, all changed at once.
+
+    color: without it, of the changes there is only the flip.
+    """
+    x = batch.crops.to(cfg.device, non_blocking=True)
+    changes = batch.changes.to(cfg.device, non_blocking=True)
+    change = Changes(*changes.T[..., None, None, None])     # each: (views B, 1, 1, 1)
+
+    x = torch.where(change.flip > 0, x.flip(-1), x) / 255
     if color:
-        x = (x * brightness).clamp(0, 1)
-        x = torch.lerp(TF.rgb_to_grayscale(x).mean((-3, -2, -1), keepdim=True), x, contrast).clamp(0, 1)
-        x = torch.lerp(TF.rgb_to_grayscale(x), x, saturation).clamp(0, 1)
-        x = shift_hue(x, hue[:, 0])
-        x = torch.where(gray > 0, TF.rgb_to_grayscale(x), x)
-    x = gaussian_blur(x, sigma.flatten()) if blur else x
-    x = torch.where((invert > 0) & (x >= 0.5), 1 - x, x) if solarize else x
-    x = torch.stack([(channel - mean) / std for channel, mean, std in zip(x.unbind(1), *mean_std)], 1)
-    return x.contiguous(memory_format=torch.channels_last)
+        x = (x * change.brightness).clamp(0, 1)
+        mean = TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
+        x = torch.lerp(mean, x, change.contrast).clamp(0, 1)
+        x = torch.lerp(TF.rgb_to_grayscale(x), x, change.saturation).clamp(0, 1)
+        x = shift_hue(x, change.hue[:, 0])
+        x = torch.where(change.gray > 0, TF.rgb_to_grayscale(x), x)
+        if max(cfg.blur) > 0:
+            x = gaussian_blur(x, change.blur.flatten())
+        x = torch.where((change.solarize > 0) & (x >= 0.5), 1 - x, x)
 
-def prepare(crops, parameters, cfg, color=True):    # -> (views B, 3, S, S), view 1 first
-    both = (torch.cat(x.to(cfg.device, non_blocking=True).unbind(1)) for x in (crops, parameters))
-    return augment(*both, MEAN_STD.get(cfg.data, MEAN_STD["imagenet"]), color=color,
-                   blur=color and max(cfg.blur) > 0, solarize=color and max(cfg.solarize) > 0)
+    # Constants for each channel: a tensor of them would be a copy that waits for the device.
+    mean_std = MEAN_STD.get(cfg.data, MEAN_STD["imagenet"])
+    channels = [(each - mean) / std for each, mean, std in zip(x.unbind(1), *mean_std)]
+    return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
 
-def batches(indices, size, *key, epochs, start=0, group=1, part=(0, 1), whole=False):
-    """This rank's batches, lists of (epoch, index), from batch `start` of the run to its end. Batch
-    k of an epoch: order[k size : (k + 1) size]; the order is of (key, epoch) alone; what is beyond a
-    multiple of `group` is dropped. part: (r, W): rank r of W has its share; whole: k mod W = r."""
-    count, (r, W) = len(indices) // size // group * group, part
-    low, high = (0, size) if whole else (r * size // W, (r + 1) * size // W)
-    for number in range(start, epochs * count):
-        epoch, k = divmod(number, count)
+
+def batches(indices, size, *key, epochs, start=0, group=1, whole=False):
+    """This rank's batches of a run, from number `start` on: lists of (epoch, index).
+
+    The order in an epoch depends on (key, epoch) alone. Batches have `size` pictures. What is
+    beyond a multiple of `group` batches is left out. whole: this rank has every ranks-th batch;
+    otherwise, a part of each.
+    """
+    per_epoch = len(indices) // size // group * group
+    for number in range(start, epochs * per_epoch):
+        epoch, k = divmod(number, per_epoch)
         if k == 0 or number == start:
             order = indices[permutation(len(indices), *key, epoch)].tolist()
-        if not whole or k % W == r:
-            yield [(epoch, i) for i in order[k * size + low:k * size + high]]
+        keys = [(epoch, index) for index in order[k * size:(k + 1) * size]]
+        if not whole:
+            yield keys[RANK * size // RANKS:(RANK + 1) * size // RANKS]
+        elif k % RANKS == RANK:
+            yield keys
 
-def leave_signals_to_the_run(_):        # in a loader, which must not stop before a step ends
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+
+def ignore_signals(_):
+    """In a loader process: it must not stop before the run has ended its step."""
+    for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-def loader(views, batches, workers):    # spawned: a fork beside threads (gloo's) may never return
-    return torch.utils.data.DataLoader(
-        views, batch_sampler=batches, num_workers=workers, pin_memory=views.cfg.device == "cuda",
-        worker_init_fn=leave_signals_to_the_run, multiprocessing_context="spawn" if workers else None)
 
-# --- Optimizer and schedule -----------------------------------------------------------------------
-class LARS(torch.optim.Optimizer):
-    """You et al. 2017: lr f, clip: min(lr, f), f = eta |w| / (|g| + decay |w|); 1-d weights: lr."""
-    def __init__(self, params, lr, *, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, clip=clip)
-        super().__init__(params, defaults)
+
+def loader(views, lists, workers):
+    """The batches of the lists, made by `workers` processes. They are spawned, since a fork beside
+    the threads of gloo or autograd may never return."""
+    return torch.utils.data.DataLoader(
+        views, batch_size=None, sampler=lists, num_workers=workers,
+        pin_memory=views.cfg.device == "cuda", worker_init_fn=ignore_signals,
+        multiprocessing_context="spawn" if workers else None)
+
+
+# === Optimizer ====================================================================================
+
+class LARS(torch.optim.SGD):
+    """SGD that gives each layer its own rate (You et al. 2017): lr times the factor
+    f = eta |w| / (|g| + decay |w|), or with `clip` min(lr, f). Biases and norms: lr, no decay."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
+        super().__init__(params, lr, momentum)
+        self.decay = weight_decay
+        self.eta = eta
+        self.clip = clip
+
     @torch.no_grad()
     def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        # The gradients are rescaled, and the rest is SGD's own step.
         for group in self.param_groups:
-            lr, decay = group["lr"], group["weight_decay"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                grad = p.grad
-                if p.ndim > 1:
-                    w, g = p.norm(), grad.norm()
-                    factor = group["eta"] * w / (g + decay * w + 1e-8)
-                    factor = (factor / lr).clamp(max=1) if group["clip"] else factor
-                    grad = (grad + decay * p) * torch.where((w > 0) & (g > 0), factor, 1)
-                self.state[p] = self.state[p] or dict(momentum=torch.zeros_like(p))
-                p.sub_(lr * self.state[p]["momentum"].mul_(group["momentum"]).add_(grad))
+            weights = [p for p in group["params"] if p.grad is not None and p.ndim > 1]
+            for w in weights:
+                norm, grad_norm = w.norm(), w.grad.norm()
+                factor = self.eta * norm / (grad_norm + self.decay * norm + 1e-8)
+                if self.clip:
+                    factor = (factor / group["lr"]).clamp(max=1)
+                factor = factor.where((norm > 0) & (grad_norm > 0), 1)
+                w.grad.add_(w, alpha=self.decay).mul_(factor)
+        super().step()
         return loss
 
-def learning_rate(step, total, warmup, peak):   # step: from 0; linear to peak, half a cosine to 0
-    falling = (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-    return peak * ((step + 1) / warmup if step < warmup else falling)
 
-# --- Evaluation -----------------------------------------------------------------------------------
-def autocast(cfg):
-    kind = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.amp]
-    return torch.autocast(cfg.device, dtype=kind, enabled=cfg.amp != "off")
+def learning_rate(step, total, warmup, peak):
+    """The rate of a step, counted from 0: linear to `peak` over `warmup` steps, then half a cosine
+    to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * half_cosine((step - warmup) / max(1, total - warmup))
 
-@torch.no_grad()
-def features(backbone, pictures, indices, cfg):
-    """Of centre crops -> (n, width) float32, their indices; no bad files. UserError: not finite."""
-    parts, rows, read = [[(0, i) for i in part.tolist()] for part in indices.split(256)], [], []
-    for *batch, _, used in loader(Views(pictures, cfg, views=0), parts, cfg.workers * (len(parts) > 16)):
-        with autocast(cfg):
-            rows.append(backbone(prepare(*batch, cfg, color=False)).float())
-        read.append(used)
-    rows, good = torch.cat(rows), torch.cat(read) == indices
-    if not rows.isfinite().all():
-        raise UserError("features are not finite: give another --probe, or a lower --lr and new --out")
-    return rows[good.to(rows.device)], indices[good]
 
-def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
-    """k-NN, votes weighted by e^{s/0.07} (Wu et al. 2018) -> (n,) bool: which are right."""
-    bank, labels, right = F.normalize(bank), labels.to(bank.device), []
-    for rows, answers in zip(F.normalize(queries).split(256), truth.to(bank.device).split(256)):
-        near, index = (rows @ bank.T).topk(min(k, len(bank)))
-        votes = near.new_zeros(len(rows), int(labels.max()) + 1)
-        right.append(votes.scatter_add_(1, labels[index], (near / temperature).exp()).argmax(1) == answers)
-    return torch.cat(right)
+# === Training =====================================================================================
+# From here on, things are printed and files are written, most of them by rank 0.
 
-def place_in_class(targets):    # for each entry: how many of its class stand before it
-    order, counts = targets.argsort(stable=True), targets.bincount()
-    place = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
-    return torch.empty_like(targets).scatter_(0, order, place)
-def labelled_pictures(cfg, targets):    # whose labels the probe may see: indices, a balanced share
-    classes, total = int(targets.max()) + 1, round(cfg.label_fraction * len(targets))
-    if total < classes:
-        least = math.ceil(1e4 * classes / len(targets)) / 1e4
-        fail(f"--label-fraction {cfg.label_fraction}: fewer labels than classes; give {least} or more")
-    order = permutation(len(targets), "labels")
-    turn = place_in_class(targets[order]) * classes + permutation(classes, "labels")[targets[order]]
-    return order[turn.argsort()[:total]].sort().values    # in turn, one of each class that has more
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-def linear_probe(backbone, cfg, train, val):
-    """The linear probe and k-NN on a frozen backbone -> what probe.json holds; in percent.
-    Heads of nine rates are trained (SGD, batch 256, decay 1e-5, a tenth at 60, 80 %: their probe) on
-    stored features of centre crops, for ImageNet on crops and flips. The best on a tenth of the train
-    pictures that have labels, which none was trained on, is run on val."""
-    (r, W), epochs, classes = ranks(), cfg.probe_epochs, int(train.targets.max()) + 1
-    backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    labelled = labelled_pictures(cfg, train.targets)
-    labelled = labelled[permutation(len(labelled), cfg.seed, "holdout")]
-    targets, of_class = train.targets[labelled], train.targets[labelled].bincount()
-    held = place_in_class(targets) < (of_class // 10).clamp_min(1).minimum(of_class - 1)[targets]
-    fit, hold = labelled[~held], labelled[held] if held.any() else labelled
-    x_val, i_val = features(backbone, val, torch.arange(len(val)), cfg)
-    x_hold, i_hold = features(backbone, train, hold, cfg)
-    x_fit, i_fit = features(backbone, train, fit[:262144], cfg)      # what fits into a GPU's memory
-    y_val = val.targets[i_val].to(cfg.device)
-    y_hold, y_fit = train.targets[i_hold].to(cfg.device), train.targets[i_fit].to(cfg.device)
-    cached = cfg.data != "imagenet"
-    rows = torch.arange(len(x_fit)) if cached else fit
-    size = max(1, min(256, len(rows)) // W) * W
-    lists = partial(batches, rows, size, cfg.seed, "probe", epochs=epochs, part=(r, W))
-    source = None if cached else iter(loader(Views(train, cfg, views=1, color=False), lists(), cfg.workers))
-    torch.manual_seed(cfg.seed)
-    rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)     # of heads side by side
-    heads = nn.ModuleList(nn.Linear(x_fit.shape[1], classes) for _ in rates).to(cfg.device)
-    optimizer = torch.optim.SGD([dict(params=h.parameters()) for h in heads], momentum=0.9, weight_decay=1e-5)
-    for keys in tqdm(lists(), "probe", epochs * (len(rows) // size), disable=process()[0] > 0, leave=False):
-        if cached:
-            i = torch.tensor([i for epoch, i in keys], device=cfg.device)
-            x, y = x_fit[i], y_fit[i]
-        else:
-            crops, parameters, _, i = next(source)
-            with torch.no_grad(), autocast(cfg):
-                x = backbone(prepare(crops, parameters, cfg, color=False)).float()
-            y = train.targets[i].to(cfg.device)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * 0.1 ** sum(keys[0][0] >= max(1, epochs * tenths // 10) for tenths in (6, 8))
-        optimizer.zero_grad(set_to_none=True)
-        sum(F.cross_entropy(head(x), y) for head in heads).backward()
-        for p in heads.parameters():
-            p.grad = mean_over_ranks(p.grad)
-        optimizer.step()
-    @torch.no_grad()
-    def right(head, x, y, k=1):                        # (n,) bool: the truth is among the k largest
-        parts = zip(x.split(4096), y.split(4096))
-        return torch.cat([(head(x).topk(min(k, classes)).indices == y[:, None]).any(1) for x, y in parts])
-    def percent(right):
-        return 100 * right.double().mean().item()
-    holdout = [percent(right(head, x_hold, y_hold)) for head in heads]
-    best = max(range(len(rates)), key=holdout.__getitem__)
-    top1, knn = right(heads[best], x_val, y_val), nearest_neighbors(x_fit, y_fit, x_val, y_val)
-    digits = ["".join(map(str, which.int().tolist())) for which in (top1, knn)]
-    return dict(top1=percent(top1), top5=percent(right(heads[best], x_val, y_val, 5)), knn=percent(knn),
-                rate=rates[best], holdout=dict(zip(map(str, rates), holdout)), epochs=epochs,
-                train=len(rows), held_out=int(held.sum()), val=len(y_val), knn_bank=len(y_fit),
-                right=digits[0], knn_right=digits[1])  # which val pictures were right, a digit each
 
-@torch.no_grad()
-def emergence(model, cfg, train, val, picture=None):    # -> scalars, of fixed pictures
-    model.eval()
-    fixed = [(0, i) for i in permutation(len(train), "fixed")[:256].tolist()]
-    crops, parameters, _, i = next(iter(loader(Views(train, cfg, seed="fixed"), [fixed], 0)))
-    with autocast(cfg):
-        embeddings = model(*prepare(crops, parameters, cfg).chunk(2))
-    a, b = model.method.loss(*(e.float() for e in embeddings))[1][0]
-    eps, local = local_mask(a, b, AdaptiveThreshold(cfg.quantile))                      # (2N, 2N)
-    z, i = F.normalize(torch.cat([a, b])), i.repeat(2)
-    out = dict(threshold=eps, local=local.sum(1).float().mean(), std=z.std(0).mean() * math.sqrt(z.shape[1]))
-    for labels, name in ((train.targets, ""), (train.coarse, "_coarse")):
-        if labels is not None:
-            same = labels[i][:, None] == labels[i]
-            out["purity" + name] = same[local.cpu()].double().mean()
-            out["chance" + name] = same[i[:, None] != i].double().mean()
-    x, i_train = features(model.method.backbone, train, permutation(len(train), "subset")[:2048], cfg)
-    p = torch.linalg.svdvals(x)
-    out["rankme"] = torch.special.entr(p / p.sum() + 1e-7).sum().exp()         # Garrido et al. 2023
-    if val and train.targets is not None:
-        x_val, i_val = features(model.method.backbone, val, permutation(len(val), "subset")[:512], cfg)
-        right = nearest_neighbors(x, train.targets[i_train], x_val, val.targets[i_val])
-        out["knn"] = 100 * right.double().mean()
-    if picture and process()[0] == 0:       # a row: a picture, framed, then its H(i), nearest first
-        views, cosine, grid, zoom = Views(train, cfg, views=0), (z @ z.T).cpu(), [], max(1, 64 // cfg.size)
-        for anchor in range(min(8, len(i) // 2)):
-            order = [j for j in cosine[anchor].argsort(descending=True).tolist() if local[anchor, j]]
-            chosen = list(dict.fromkeys(i[[anchor, *order]].tolist()))[:8]
-            strip = [torch.kron(views[0, j][0][0] / 255, torch.ones(zoom, zoom)) for j in chosen]
-            strip += [torch.ones_like(strip[0])] * (8 - len(strip))
-            grid += [F.pad(x, [4] * 4, value=float(place > 0)) for place, x in enumerate(strip)]
-        write(picture, partial(torchvision.utils.save_image, grid, format="png", nrow=8, pad_value=1))
-    model.train()
-    return {key: value.item() for key, value in out.items()}
+class Interrupted(UserError):
+    """A signal has come, and what is needed to go on is written."""
+    status = 75
+    is_common = True
 
-# --- Pre-training ---------------------------------------------------------------------------------
-def write(path, fill):   # atomically: a reader, or a resumed run, finds the old file or the new one
-    aside = path + ".tmp"
-    try:
-        if os.path.lexists(aside):
-            os.remove(aside)                                   # a link of that name is not followed
+    def __init__(self):
+        super().__init__("interrupted, run the same command again")
+
+
+def one_line(text):
+    """The text without anything that would not stay on one line of a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).strip())
+
+
+def announce(text):
+    """A line for the terminal, from one of the ranks."""
+    if RANK == 0:
+        tqdm.write(one_line(text), file=sys.stderr)
+
+
+def write(path, fill):
+    """Rank 0 writes a file by fill(open file), and all wait for it. A reader finds the old file or
+    the new one, whole."""
+    def replace():
+        aside = Path(f"{path}.tmp")
+        aside.unlink(missing_ok=True)                       # a link of that name is not followed
         with open(aside, "xb") as file:
             fill(file)
-            os.fsync(file.flush() or file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:            # RuntimeError: torch.save's, on a full disk
-        if os.path.isfile(aside):
-            os.remove(aside)
-        raise UserError(f"{path}: cannot be written ({error}): make room, then repeat") from error
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
 
-def read(path, reader, remedy):     # -> reader(open file); UserError: unreadable, malformed
-    try:
-        with open(path, "rb") as file:
+    on_first_rank(replace)
+
+
+def write_json(path, content):
+    write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def read(path, reader, remedy):
+    """What reader(open file) returns. UserError: the file is malformed, with its remedy."""
+    with open(path, "rb") as file:
+        try:
             return reader(file)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        lost = isinstance(error, (OSError, MemoryError)) or "memory" in reason      # not its fault
-        raise UserError(f"{path}: cannot be read ({reason}); {'mend that' if lost else remedy}") from error
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
 
-def fingerprint(*parts):    # SHA-256 of bytes, of the tensors of a module, or of what JSON can hold
-    whole = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, nn.Module):
-            state = {k: v.detach().cpu().contiguous().view(-1) for k, v in part.state_dict().items()}
-            part = b"".join(k.encode() + state[k].view(torch.uint8).numpy().tobytes() for k in sorted(state))
-        part = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
-        whole.update(len(part).to_bytes(8, "big") + part)
-    return whole.hexdigest()
 
-def agree(content, cfg, what):      # UserError unless all ranks hold the same content
-    mine = torch.tensor(list(fingerprint(content).encode()), dtype=torch.uint8, device=cfg.device)[None]
-    if (gather(mine) != mine).any():
-        raise UserError(f"the ranks see different {what}: let all see the same --root and --out")
+def read_json(path, remedy):
+    return read(path, lambda file: dict(json.load(file)), remedy)
+
+
+def read_tensors(file):
+    return torch.load(file, map_location="cpu", weights_only=True)      # runs no code in the file
+
+
+def save_checkpoint(path, parts, **more):
+    """parts: what has a state, by name."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    write(path, lambda file: torch.save(state | more, file))
+
+
+def load_checkpoint(path, parts, experiment):
+    """Restores the parts. Returns the number of steps that are done, 0 if there is no file."""
+    def restore(file):
+        state = read_tensors(file)
+        if state["experiment"] != experiment:
+            other = "is of another experiment, or of other data"
+            raise UserError(f"{path}: {other}; give another --out")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"]
+
+    step = read(path, restore, "delete it to start again") if path.exists() else 0
+    agree(step, "checkpoints")
+    return step
+
+
+def read_log(path):
+    """The events of metrics.jsonl, without lines that are none."""
+    events = []
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict)]
+
+
+def add_to_log(path, *events, mode="a"):
+    """Rank 0 adds a line for each event. NaN, which is no JSON, becomes null."""
+    if RANK == 0:
+        with open(path, mode) as file:
+            for event in events:
+                event = {key: None if value != value else value for key, value in event.items()}
+                print(json.dumps(event), file=file)
+
 
 @contextlib.contextmanager
 def signals_counted():
-    """Yields when they came; another ends all. A thread: Python's handlers await system calls."""
-    came, (end, start) = [], os.pipe()
-    signals = [each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-               if signal.getsignal(each) != signal.SIG_IGN]              # as SIGHUP is, under nohup
-    def listen():
-        while number := os.read(end, 1):
-            came.extend([time.monotonic()] * (number[0] in signals))      # not the loader's SIGCHLD
-            if came and came[-1] > came[0] + 3:     # sooner: torchrun's copy of the first
-                os._exit(75)
-    os.set_blocking(start, False)
-    threading.Thread(target=listen, daemon=True).start()
-    signal.set_wakeup_fd(start)
-    before = [(each, signal.signal(each, lambda *_: None)) for each in signals]
+    """Yields a list, to which each signal to stop adds its time, and nothing else happens.
+
+    A second one ends the process, unless it comes within 3 s: then it is a copy of the first,
+    which torchrun has passed on.
+    """
+    came = []
+
+    def add(*_):
+        came.append(time.monotonic())
+        if came[-1] > came[0] + 3:
+            os._exit(Interrupted.status)
+
+    before = {}
+    for each in SIGNALS:
+        if signal.getsignal(each) != signal.SIG_IGN:        # as SIGHUP is, under nohup
+            before[each] = signal.signal(each, add)
     try:
         yield came
-    except (RuntimeError, EOFError, OSError) as error:
-        raise (KeyboardInterrupt if came else error) from error  # it hit a loader or rank, too
     finally:
-        for each, handler in before:
+        for each, handler in before.items():
             signal.signal(each, handler)
-        signal.set_wakeup_fd(-1)
-        os.close(start)
 
-def build_model(cfg):       # the wrapped method on the CPU; its weights are a function of the seed
+
+def build_model(cfg):
+    """The wrapped method, on the CPU. Its weights are a function of the seed."""
     torch.manual_seed(cfg.seed)
     backbone, width = build_backbone(cfg.backbone, cfg.size, cfg.norm)
-    kind, norm = METHODS[cfg.method], group_norm if cfg.norm == "group" else nn.BatchNorm1d
-    takes = {*HEADS, "temperature"} & inspect.signature(kind).parameters.keys()
-    heads = {name: getattr(cfg, name) for name in takes}
-    try:
-        method = kind(backbone, width, norm=norm, **heads)
-    except RuntimeError:
-        fail(f"--method {cfg.method}: no room for its heads; lower --hidden, --dim, --predictor, --queue")
-    threshold = {"adaptive": AdaptiveThreshold(cfg.quantile), "cosine": CosineThreshold(0.9, 0.3, cfg.epochs),
-                 "step": StepThreshold(0.9, cfg.drop, cfg.drop_every), "oracle": None}[cfg.threshold]
-    names = ("alpha", "temperature", "warmup_threshold", "beta", "tau_plus", "decoupled")
-    of_hex = {name: getattr(cfg, name) for name in names}
-    return HEX(method, cfg.loss, threshold=threshold, warmup=cfg.hex_warmup, **of_hex)
+    norm = group_norm if cfg.norm == "group" else nn.BatchNorm1d
+    kind = METHODS[cfg.method]
+    settings = {name: getattr(cfg, name) for name in kind.settings}
+    method = kind(backbone, width, norm=norm, **settings)
+    thresholds = dict(
+        adaptive=AdaptiveThreshold(cfg.quantile),
+        step=StepThreshold(0.9, cfg.drop, cfg.drop_every),
+        cosine=CosineThreshold(0.9, 0.3, cfg.epochs))
+    names = "alpha temperature warmup_threshold beta tau_plus decoupled".split()
+    return HEX(
+        method, cfg.loss, threshold=thresholds.get(cfg.threshold), warmup=cfg.hex_warmup,
+        **{name: getattr(cfg, name) for name in names})
 
-def pretrain(model, cfg, train, val, out, identity):
-    """Trains, resumes, logs; leaves checkpoint.pt, metrics.jsonl, pictures. -> the backbone."""
-    r, W, _ = process()
-    whole = cfg.accumulate % W == 0           # each rank computes whole losses; or its part of each
-    losses = cfg.accumulate // W if whole else cfg.accumulate              # of this rank, in a step
-    images = cfg.batch_size * cfg.accumulate                               # in a step, of all ranks
-    per_epoch, total, peak = len(train) // images, cfg.epochs * (len(train) // images), cfg.lr * images / 256
-    model.to(cfg.device, memory_format=torch.channels_last).train()
-    if W > 1 and not whole and cfg.device == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ddp = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if W > 1 else model
+
+def autocast(cfg):
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(cfg.amp)
+    return torch.autocast(cfg.device, dtype, enabled=dtype is not None)
+
+
+def pretrain(model, cfg, train, val, out, experiment, signals):
+    """Trains the model, or goes on from its checkpoint. Leaves checkpoint.pt, metrics.jsonl and two
+    pictures in `out`. Interrupted: one of the signals has come."""
+    # A step is the mean of `accumulate` losses. If the ranks divide their number, each computes
+    # whole losses by itself. Else they share every loss: each has a part of its images, and all
+    # embeddings are gathered.
+    whole = cfg.accumulate % RANKS == 0
+    losses = cfg.accumulate // RANKS if whole else cfg.accumulate     # of this rank in a step
+    images = cfg.batch_size * cfg.accumulate                            # of all ranks in a step
+    per_epoch = max(1, len(train) // images)
+    total = cfg.epochs * per_epoch
+
+    model.to(cfg.device, memory_format=torch.channels_last)
+    if cfg.device == "cuda" and not whole:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if cfg.compile:
         model.method.compile()
-    model.method.steps, model.method.losses = total, losses
     weights = [p for p in model.parameters() if p.requires_grad]
-    statistics = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    statistics = [x for name, x in model.named_buffers() if "running_" in name]
+    peak = cfg.lr * images / 256
     optimizer = LARS(weights, peak, weight_decay=cfg.weight_decay, eta=cfg.eta, clip=cfg.clip)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)               # of a checkpoint
-    def restore(file):
-        state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code in it
-        if state["identity"] != identity:
-            raise UserError(f"{checkpoint}: is of another experiment, or of other data; give another --out")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state["step"], state["logged"]
-    checkpoint, again = os.path.join(out, "checkpoint.pt"), "delete it to start again"
-    done, logged = read(checkpoint, restore, again) if os.path.exists(checkpoint) else (0, 0)
-    agree(done, cfg, "checkpoints")
-    log = open(os.path.join(out, "metrics.jsonl"), "ab") if r == 0 else io.BytesIO()
-    log.seek(log.truncate(logged))                      # what came after the checkpoint comes again
-    order = batches(torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", epochs=cfg.epochs,
-                    start=done * cfg.accumulate, group=cfg.accumulate, part=(r, W), whole=whole)
-    source = iter(loader(Views(train, cfg), order, cfg.workers))
-    def note(**event):
-        event = {k: None if v != v else v for k, v in event.items()}        # NaN is no JSON
-        log.write(json.dumps(event).encode() + b"\n")
-        log.flush()
-    def describe(step):     # what has emerged, to log and screen; first and last a picture, too
-        epoch, names = step // max(1, per_epoch), {0: "neighbours_early.png", total: "neighbours.png"}
-        with alone():
-            found = emergence(model, cfg, train, val, step in names and os.path.join(out, names[step]))
-        note(event="epoch", step=step, epoch=epoch, **found)
-        announce(f"epoch {epoch}/{cfg.epochs}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
-        if found["std"] < min(0.1, figures.get("std", 0)):          # at the start it is low, too
-            announce(f"warning: the embeddings collapse (std {found['std']:.3f} of 1): lower --lr")
-        return found
-    since, first, waited, scale, figures = time.perf_counter(), done, 0.0, scaler.get_scale(), {}
-    with signals_counted() as signals, tqdm(total=total, initial=done, disable=r > 0, unit="step") as bar:
-        figures = figures if done else describe(0)
-        for step in range(done + 1, total + 1):
-            epoch, logs = (step - 1) // per_epoch, []                  # loss and stats of each loss
-            lr = learning_rate(step - 1, total, cfg.lr_warmup * per_epoch, peak)
+
+    # Go on from the checkpoint, if there is one. What was logged after it comes again.
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
+    checkpoint, log = out / "checkpoint.pt", out / "metrics.jsonl"
+    start = step = load_checkpoint(checkpoint, parts, experiment)
+    if 0 < start == total:
+        return announce(f"training was finished before; delete {out} to repeat")
+    add_to_log(log, *(event for event in read_log(log) if event["step"] <= start), mode="w")
+
+    lists = batches(
+        torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", epochs=cfg.epochs,
+        start=start * cfg.accumulate, group=cfg.accumulate, whole=whole)
+    source = iter(loader(Views(train, cfg), lists, cfg.workers))
+
+    stop, std = False, 0.0
+    logged, since, waited = step, time.perf_counter(), 0.0
+    with tqdm(total=total, initial=start, disable=RANK > 0, unit="step") as bar:
+        while True:
+            # Before the first step and after each epoch: what has emerged?
+            epoch = step // per_epoch
+            ends_epoch = step % per_epoch == 0
+            if ends_epoch and (step == 0 or step > start):
+                found = emergence(model, cfg, train, val)
+                add_to_log(log, dict(event="epoch", step=step, epoch=epoch, **found))
+                figures = ", ".join(f"{key} {value:.3g}" for key, value in found.items())
+                announce(f"epoch {epoch}/{cfg.epochs}: {figures}")
+                if found["std"] < min(0.1, std):            # at the start it is low, too
+                    collapse = f"the embeddings collapse (std {found['std']:.3f} of 1)"
+                    announce(f"warning: {collapse}: lower --lr")
+                std = found["std"]
+                if step in (0, total):
+                    name = "neighbours.png" if step == total else "neighbours_early.png"
+                    draw_neighbors(model, cfg, train, out / name)
+
+            # Save a checkpoint. End if a signal has come, or if the work is done.
+            is_due = ends_epoch or step % (cfg.checkpoint_every or per_epoch) == 0
+            if step > start and (stop or is_due):
+                save_checkpoint(checkpoint, parts, step=step, experiment=experiment)
+            if stop:
+                raise Interrupted
+            if step == total:
+                return
+
+            # One step: the gradients of its losses add up.
+            model.train()
+            lr = learning_rate(step, total, cfg.lr_warmup * per_epoch, peak)
             optimizer.param_groups[0]["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
+            logs, outputs = [], []
             for k in range(losses):
                 asked = time.perf_counter()
-                crops, parameters, _, used = next(source)               # (B, 2, 3, S, S), (B, 2, 8)
+                batch = next(source)
                 waited += time.perf_counter() - asked
-                x1, x2 = prepare(crops, parameters, cfg).chunk(2)
-                torch.manual_seed(rng_of(cfg.seed, "step", step, k * W + r).getrandbits(63))  # dropout
-                oracle = cfg.threshold == "oracle" and OracleHierarchy(train.coarse[used].to(cfg.device))
-                alike = k == losses - 1 or W == 1                           # DDP averages gradients
-                with alone(whole), contextlib.nullcontext() if alike else ddp.no_sync():
-                    with autocast(cfg):
-                        embeddings = ddp(x1, x2)
-                    loss, stats = model.loss(*embeddings, epoch=epoch, threshold=oracle or None)
-                    scaler.scale(loss / losses).backward()
-                logs.append(dict(loss=loss.detach(), **stats))
-            finite = torch.stack([values["loss"] for values in logs]).isfinite().all()
-            if cfg.amp != "fp16":                                 # there, the scaler skips the step
-                finite &= nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).isfinite()
-            flags = mean_over_ranks(torch.stack([~finite, torch.full_like(finite, bool(signals))]).float())
-            broken, stop = (flag > 0 for flag in flags.tolist())  # the host waits here, once a step
-            if broken or scale < 1e-9:
-                raise UserError(f"step {step}: the loss or its gradient is not finite; checkpoint.pt is "
-                                "intact: lower --lr and give another --out")
+                x1, x2 = augment(batch, cfg).chunk(2)
+
+                # Dropout, where a backbone has it, depends on the loss and not on who computes it.
+                rng = rng_of(cfg.seed, "step", step + 1, k * RANKS + RANK)
+                torch.manual_seed(rng.getrandbits(63))
+                with autocast(cfg):
+                    embeddings = model(x1, x2)
+                if not whole:
+                    embeddings = [gather(e) for e in embeddings]
+                outputs.append([e.detach() for e in embeddings])
+
+                threshold = None
+                if cfg.threshold == "oracle":
+                    labels = train.coarse[batch.pictures].to(cfg.device)
+                    threshold = OracleHierarchy(labels if whole else gather(labels))
+                loss, stats = model.loss(*embeddings, epoch=epoch, threshold=threshold)
+                scaler.scale(loss / cfg.accumulate).backward()
+                logs.append(torch.stack([loss.detach(), *stats.values()]))
+
+            # The gradient of the step is the sum over the ranks.
+            grads = [p.grad for p in weights if p.grad is not None]
+            add_over_ranks(grads)
+            scaler.unscale_(optimizer)
+
+            # Is all finite, and has a signal come, on any rank? Here the host waits for the device.
+            logs = torch.stack(logs)                        # (losses, what is logged)
+            finite = logs[:, 0].isfinite().all()
+            fits = nn.utils.get_total_norm(grads).isfinite()
+            flags = torch.stack([~finite, ~fits, torch.full_like(fits, bool(signals))]).float()
+            add_over_ranks([flags])
+            broken, overflow, stop = flags.tolist()
+            skipped = overflow and cfg.amp == "fp16"        # by the scaler, which then scales less
+            if broken or overflow and not skipped or skipped and scaler.get_scale() < 1e-9:
+                raise UserError(
+                    f"step {step + 1}: the loss or its gradient is not finite; checkpoint.pt is "
+                    "intact: lower --lr and give another --out")
+
             scaler.step(optimizer)
             scaler.update()
-            before, scale = scale, scaler.get_scale()
-            if scale >= before:                                      # one that fell: a skipped step
-                model.after_step(step)
-            if W > 1 and statistics:       # BatchNorm's running ones: the ranks' mean, alike on all
-                mean = mean_over_ranks(torch.cat(statistics))
-                torch._foreach_copy_(statistics, list(mean.split([len(each) for each in statistics])))
+            step += 1
+            if not skipped:
+                if whole and cfg.method == "nnclr":         # its queue takes those of all ranks
+                    outputs = [[gather(e) for e in output] for output in outputs]
+                model.after_step(step / total, outputs)
+            # BatchNorm's running statistics are of each rank's batches: all go on with the mean.
+            add_over_ranks(statistics, RANKS)
+
             if step % cfg.log_every == 0 or step == total:
-                stats = {k: mean_over_ranks(torch.stack([v[k] for v in logs]).mean()).item() for k in logs[0]}
-                dt = time.perf_counter() - since
-                stats |= dict(lr=lr, images_per_second=(step - first) * images / dt, data_wait=waited / dt)
-                note(event="step", step=step, epoch=epoch, **stats)
-                names = ("loss", "threshold", "local", "images_per_second", "data_wait")
-                bar.set_postfix({k: v for k, v in (figures | stats).items() if k in names}, refresh=False)
-                since, first, waited = time.perf_counter(), step, 0.0
+                means = logs.mean(0)
+                add_over_ranks([means], RANKS)
+                means = dict(zip(["loss", *stats], means.tolist()))
+                seconds = time.perf_counter() - since
+                speed = (step - logged) * images / seconds
+                add_to_log(log, dict(
+                    event="step", step=step, epoch=epoch, **means, lr=lr, images_per_second=speed,
+                    data_wait=waited / seconds))
+                bar.set_postfix(loss=means["loss"], images_per_second=speed, refresh=False)
+                logged, since, waited = step, time.perf_counter(), 0.0
             bar.update()
-            if step % per_epoch == 0:
-                figures = describe(step)
-            if r == 0 and (stop or step % per_epoch == 0 or step % (cfg.checkpoint_every or per_epoch) == 0):
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= dict(step=step, logged=log.tell(), identity=identity)
-                write(checkpoint, partial(torch.save, state))
-            if stop:
-                agree(step, cfg, "steps")     # waits for the checkpoint: torchrun ends all with one
-                raise KeyboardInterrupt
-    log.close()
-    return model.method.backbone
 
-# --- Config and recipes ---------------------------------------------------------------------------
-HEADS = ("hidden", "dim", "predictor", "queue", "ema")                       # arguments of a Method
-COUNT, POSITIVE, SHARE, REAL = (int, 0, 2**31), (int, 1, 2**31), (float, 0, 1), (float, 0, 1e6)
-OPTIONS = dict(  # name: default (None: the recipe's or the machine's), what is accepted, what it is
-    data=("shapes", ["shapes", "cifar10", "cifar100", "imagenet", "folder"], "what to train on"),
-    size=(None, (int, 8, 4096), "side of a view in pixels"), method=("simclr", [*METHODS], "the SSL method"),
-    loss=("hex", [*LOSSES], "base: the method's own; or what takes its place or joins it"),
-    decoupled=(False, bool, "HEX without the positive in the denominator"),
-    threshold=("adaptive", ["adaptive", "step", "cosine", "oracle"], "what splits H from G; oracle: LABELS"),
-    temperature=(None, (float, 1e-3, 1e6), "tau"), quantile=(0.99, (float, 1e-6, 1 - 1e-6), "q"),
-    beta=(1.0, REAL, "how much the nearest weigh in Q"),
-    tau_plus=(0.1, (float, 0, 1 - 1e-6), "assumed share of positives in H"),
-    alpha=(None, SHARE, "weight of the loss against the method's own"),
-    hex_warmup=(None, COUNT, "first epochs, with the method's own loss"),
-    hidden=(None, POSITIVE, "hidden width of the projector"), dim=(None, POSITIVE, "width of an embedding"),
-    predictor=(None, POSITIVE, "hidden width of the predictor"), queue=(None, POSITIVE, "embeddings in it"),
-    ema=(None, SHARE, "momentum of the target at the start"),
-    backbone=(None, "NAME", "a torchvision classifier, resnet10_narrow, or pixels"),
-    norm=("batch", ["batch", "group"], "normalization of ResNets and heads"),
-    epochs=(None, COUNT, "epochs; 0 evaluates a random backbone"),
-    batch_size=(None, (int, 2, 2**31), "images in one loss"),
-    accumulate=(None, POSITIVE, "losses in one step (adds no negatives)"),
-    lr=(None, (float, 1e-9, 1e6), "base rate; the rate is lr * batch * accumulate / 256"),
-    lr_warmup=(None, COUNT, "epochs of linear rise"), weight_decay=(None, REAL, "L2, not on biases, norms"),
-    eta=(None, (float, 1e-9, 1e6), "trust coefficient of LARS"), clip=(None, bool, "LARS only lowers rates"),
-    amp=(None, ["off", "bf16", "fp16"], "autocast; off on a CPU"),
-    seed=(0, COUNT, "of weights, order and views"),             # the experiment ends here
-    root=(None, "DIR", "DIR/{train,val}/<class>/*, pictures anywhere below, or CIFAR's archive"),
-    classes=(None, "FILE", "file with the class folders to use, one a line"),
-    skip_bad_files=(False, bool, "replace an unreadable file by the next, and say so"),
-    recipe=(None, ["shapes", "small", "cifar", "imagenet"], "the defaults of the above; by --data"),
-    probe=(None, "FILE", "evaluate this backbone.pt and do nothing else"),
-    probe_epochs=(100, POSITIVE, "epochs of the linear probe"),
-    label_fraction=(1.0, (float, 1e-6, 1), "share of train labels it sees, class-balanced"),
-    out=(None, "DIR", "where results go; runs/<data>-<method>-<loss>-s<seed>..."),
-    device=(None, ["cpu", "cuda"], "cuda where there is one"),
-    workers=(None, COUNT, "loader processes a rank"), compile=(False, bool, "torch.compile the method"),
-    checkpoint_every=(None, POSITIVE, "steps between checkpoints, beside each epoch's"),
-    log_every=(10, POSITIVE, "steps between lines of metrics.jsonl"))
-# Without a flag: jitter, of brightness, contrast, saturation, hue; blur, solarize: shares of either
-# view; warmup_threshold: H is above it in the epochs of hex_warmup; drop: of the step threshold.
-COMMON = dict(batch_size=256, accumulate=1, eta=0.02, clip=True, temperature=0.1, amp="fp16", hex_warmup=10,
-              lr=0.3, weight_decay=1e-4, warmup_threshold=None, drop=0.1, crop_min=0.08, size=32,
-              grayscale=0.2, jitter=[0.8, 0.8, 0.8, 0.2], blur=[0.5, 0.5], solarize=[0.0, 0.0])
-ASYMMETRIC, SHARP = (dict(jitter=[0.4, 0.4, 0.2, 0.1], blur=blur, solarize=[0.0, 0.2])    # BYOL's
-                     for blur in ([1.0, 0.1], [0.0, 0.0]))                       # at 224, 32 pixels
-TINY = COMMON | dict(backbone="resnet10_narrow", clip=False, temperature=0.2, amp="off", blur=[0.0, 0.0])
-RECIPES = {     # any: all methods; then where one differs; other heads: its class's. See README
-    "imagenet": {"simclr": dict(accumulate=16), "barlow": ASYMMETRIC, "vicreg": ASYMMETRIC,
-        "any": COMMON | dict(backbone="resnet50", size=224, epochs=100, weight_decay=1e-6, drop_every=20),
-        "nnclr": ASYMMETRIC | dict(weight_decay=1e-5, warmup_threshold=0.9, drop_every=25),
-        "mocov3": ASYMMETRIC | dict(temperature=1.0, lr=0.6), "byol": ASYMMETRIC | dict(lr=0.45),
-        "simsiam": dict(jitter=[0.4, 0.4, 0.4, 0.1], lr=0.05, weight_decay=1e-4)},
-    "cifar": {"any": COMMON | dict(backbone="resnet18", epochs=400, lr=0.4, drop_every=100),
-        "nnclr": SHARP | dict(temperature=0.2, weight_decay=1e-5, queue=65536, lr=1.0, warmup_threshold=0.9,
-                              drop=0.0),
-        "barlow": SHARP | dict(lr=0.3, hidden=2048, dim=2048, hex_warmup=0),
-        "mocov3": SHARP | dict(temperature=0.2, lr=0.3, weight_decay=1e-6),
-        "byol": SHARP | dict(lr=1.0, weight_decay=1e-5), "vicreg": SHARP | dict(hidden=2048, dim=2048),
-        "simsiam": dict(jitter=[0.4, 0.4, 0.4, 0.1], blur=[0.0, 0.0])},
-    "shapes": {"byol": dict(lr=0.3, ema=0.97), "any": TINY | dict(batch_size=128, epochs=12, lr=1.0,
-        crop_min=0.5, grayscale=1.0, hidden=256, dim=64, predictor=256, queue=2048)},
-    "small": {"byol": dict(lr=0.15, ema=0.97), "any": TINY | dict(
-        epochs=15, lr=0.2, crop_min=0.2, hidden=512, dim=128, predictor=512, queue=4096)}}
-EXPERIMENT = [*OPTIONS][:[*OPTIONS].index("seed") + 1] + [
-    "warmup_threshold", "drop", "drop_every", "crop_min", "grayscale", "jitter", "blur", "solarize"]
 
-def resolve(recipe, method, given):     # -> all settings: given, the recipe's, the method's own
-    takes, chosen = inspect.signature(METHODS[method]).parameters, RECIPES[recipe]["any"]
-    chosen = {"alpha": METHODS[method].alpha} | chosen | RECIPES[recipe].get(method, {})
-    chosen = {name: value for name, value in chosen.items() if name not in HEADS or name in takes}
-    own = {name: takes[name].default for name in (*HEADS, "temperature") if name in takes}
-    settings = {name: default for name, (default, *_) in OPTIONS.items()} | own | chosen | given
-    epochs, tenth = settings["epochs"], math.ceil(settings["epochs"] / 10)
-    settings["hex_warmup"] = given.get("hex_warmup", min(settings["hex_warmup"], round(epochs / 10)))
-    settings["lr_warmup"] = given.get("lr_warmup", max(0, min(10, tenth, epochs - 1)))
-    return {"drop_every": max(1, tenth)} | settings
+# === Evaluation ===================================================================================
 
-# --- Command line ---------------------------------------------------------------------------------
-def fail(message):          # what is wrong with the command itself
-    error = UserError(message)
-    error.status = 2
-    raise error
-def process():      # (rank, ranks, rank on this machine): torchrun's variables are read here alone
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
-    missing = [name for name in names if not os.environ.get(name, "").isdigit() and name != "MASTER_ADDR"
-               or name not in os.environ]
-    if 0 < len(missing) < len(names):
-        fail(f"{', '.join(missing)}: not set, but others are: use torchrun, or unset all")
-    return (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in names[:3])
+def centre_batches(pictures, indices, cfg):
+    """Batches of the centre crops of this rank's share of some pictures."""
+    # Shares have the same length, so that in the last one the first pictures may come again.
+    length = math.ceil(len(indices) / RANKS)
+    share = indices[(torch.arange(length) + RANK * length) % len(indices)]
+    lists = [[(0, index) for index in part.tolist()] for part in share.split(256)]
+    workers = cfg.workers if len(lists) > 16 else 0         # for a few, to start them takes longer
+    return loader(Views(pictures, cfg, views=0), lists, workers)
 
-def clean(text):        # one line for a terminal, whatever is in the names of files
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).strip())[:1000]
-def announce(text):
-    if process()[0] == 0:
-        tqdm.write(clean(text), file=sys.stderr)
-def flag(name):
-    return "--" + name.replace("_", "-")
 
-def parse(argv):        # -> cfg, with every setting, and a dict of what was given
-    parser = argparse.ArgumentParser("hex.py", "hex.py [options]", "HEX (WACV 2025)", allow_abbrev=False)
-    parser.error = fail
-    for name, (default, kind, text) in OPTIONS.items():
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else \
-            dict(choices=kind) if isinstance(kind, list) else \
-            dict(metavar=kind) if isinstance(kind, str) else dict(type=kind[0], metavar=kind[0].__name__)
-        text += f" [{default}]" if default else ""
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **how)
-    given, chosen = vars(parser.parse_args(argv)), {}
-    for name, value in given.items():
-        kind = OPTIONS[name][1]
-        if value == "" or isinstance(kind, tuple) and not kind[1] <= value <= kind[2]:
-            wrong = "is empty; leave it out" if value == "" else f"must lie in {kind[1:]}"
-            fail(f"{flag(name)} {value!r}: {wrong}")
-    if "probe" in given and not {"backbone", "data"} <= given.keys():  # else as in the run it is of
-        beside = os.path.join(os.path.dirname(given["probe"]), "config.json")
-        remedy, there = "name --backbone, --size, --norm and --data", os.path.exists(given["probe"])
-        if not os.path.exists(beside):
-            what = f"config.json beside it; {remedy}" if there else "such file; give another"
-            fail(f"--probe {given['probe']}: there is no {what}")
-        saved = read(beside, lambda file: dict(json.load(file)["config"]), remedy)
-        names = ("recipe", "backbone", "norm", "size") + ("data", "root", "classes") * ("data" not in given)
-        chosen = {name: saved[name] for name in names if saved.get(name) is not None}
-    chosen |= given
-    data = chosen.get("data", "shapes")
-    recipes = dict(cifar10="cifar", cifar100="cifar", folder="imagenet")
-    chosen.setdefault("recipe", recipes.get(data, data))
-    cfg = argparse.Namespace(**resolve(chosen["recipe"], chosen.get("method", "simclr"), chosen))
-    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cfg.amp = "off" if cfg.device == "cpu" and "amp" not in given else cfg.amp
-    if cfg.workers is None:     # on a CPU, pictures in memory are cropped fastest by the run itself
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cfg.workers = min(12, cores // 2) if cfg.device == "cuda" or cfg.data in ("imagenet", "folder") else 0
-    for name in ("root", "classes", "probe"):
-        setattr(cfg, name, getattr(cfg, name) and os.path.abspath(getattr(cfg, name)))
-    check(cfg, given)
-    return cfg, given
+@torch.no_grad()
+def features(backbone, centres, indices, cfg):
+    """The features (n, width), float32, of centre_batches(pictures, indices, cfg) of all ranks, and
+    the indices (n,) of the pictures: without those that could not be read."""
+    rows, read = [], []
+    for batch in centres:
+        with autocast(cfg):
+            rows.append(backbone(augment(batch, cfg, color=False)).float())
+        read.append(batch.pictures)
+    rows = gather(torch.cat(rows))[:len(indices)]
+    read = gather(torch.cat(read).to(cfg.device))[:len(indices)].cpu()
+    if not rows.isfinite().all():
+        raise UserError("features are not finite: give another --probe, or lower --lr, a new --out")
+    good = read == indices
+    return rows[good.to(cfg.device)], indices[good]
 
-def check(cfg, given):      # UserError: flags without effect, or that contradict each other
-    takes, folder = inspect.signature(METHODS[cfg.method]).parameters, cfg.data in ("imagenet", "folder")
-    training = {*EXPERIMENT, "compile", "log_every", "checkpoint_every"}
-    for condition, names, reason in (                # (if, these flags have no effect, beside this)
-            (cfg.probe, training - {"data", "size", "backbone", "norm", "amp", "seed"}, "--probe"),
-            (cfg.loss != "hex", {"beta", "tau_plus", "decoupled"}, f"--loss {cfg.loss}"),
-            (cfg.loss in ("base", "infonce", "dcl"), {"threshold", "quantile"}, f"--loss {cfg.loss}"),
-            (cfg.loss == "base", {"alpha", "hex_warmup"} | {"temperature"} - takes.keys(), "--loss base"),
-            (cfg.threshold != "adaptive", {"quantile"}, f"--threshold {cfg.threshold}"),
-            (True, {*HEADS} - takes.keys(), f"--method {cfg.method}"),
-            (cfg.data == "shapes", {"root"}, "--data shapes"),
-            (not folder, {"classes", "skip_bad_files"}, f"--data {cfg.data}")):
-        for name in sorted(names & given.keys()) if condition else ():
-            fail(f"{flag(name)} {given[name]}: has no effect beside {reason}; leave it out")
-    if folder and not os.path.isdir(cfg.root or ""):
-        fail(f"--root {cfg.root}: is no folder; --data {cfg.data} needs --root DIR")
-    if cfg.accumulate % process()[1] and cfg.batch_size % process()[1]:
-        fail(f"--batch-size {cfg.batch_size}: give a multiple of the {process()[1]} ranks")
-    for name in ("hex_warmup", "lr_warmup"):
-        if cfg.epochs and getattr(cfg, name) >= cfg.epochs:
-            fail(f"{flag(name)} {getattr(cfg, name)}: leaves no epoch; give {flag(name)} {cfg.epochs - 1}")
-    if cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"):
-        fail(f"--threshold oracle: --data {cfg.data} has no super-classes; give --data shapes or cifar100")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no GPU is visible; give --device cpu")
-    if cfg.backbone == "pixels" and cfg.epochs and not cfg.probe:
-        fail("--backbone pixels: has no weights to train; add --epochs 0")
 
-def load_backbone(path, cfg, remedy):  # a backbone.pt, or torchvision's file without its classifier
+def nearest_neighbors(bank, labels, queries, truth, k=20, temperature=0.07):
+    """k-NN with votes weighted by e^{s/0.07} (Wu et al. 2018). Returns which are right, (n,)."""
+    bank = F.normalize(bank)
+    labels = labels.to(bank.device)
+    guesses = []
+    for rows in F.normalize(queries).split(256):
+        nearest, index = (rows @ bank.T).topk(min(k, len(bank)))
+        votes = rows.new_zeros(len(rows), int(labels.max()) + 1)
+        votes.scatter_add_(1, labels[index], (nearest / temperature).exp())
+        guesses.append(votes.argmax(1))
+    return torch.cat(guesses) == truth.to(bank.device)
+
+
+@functools.cache
+def fixed_views(train, cfg):
+    """The 256 pictures of which H is shown at each epoch, augmented as in training: a Batch that
+    is made once."""
+    chosen = permutation(len(train), "fixed")[:256]
+    return Views(train, cfg, seed="fixed")[[(0, index) for index in chosen.tolist()]]
+
+
+@functools.cache
+def fixed_centres(pictures, cfg, count):
+    """Pictures for the other figures of each epoch: centre_batches that are made once, indices."""
+    chosen = permutation(len(pictures), "subset")[:count]
+    return list(centre_batches(pictures, chosen, cfg)), chosen
+
+
+@torch.no_grad()
+def find_neighbors(model, cfg, train):
+    """Returns the normalized embeddings (2N, dim) of fixed_views, the picture of each (2N,), eps
+    and H (2N, 2N). It leaves the model in eval mode."""
+    batch = fixed_views(train, cfg)
+    model.eval()
+    with autocast(cfg):
+        embeddings = model(*augment(batch, cfg).chunk(2))
+    _, pairs = model.method.loss(*(e.float() for e in embeddings))
+    eps, H = local_mask(*pairs[0], AdaptiveThreshold(cfg.quantile))
+    return F.normalize(torch.cat(pairs[0])), batch.pictures.repeat(2), eps, H.cpu()
+
+
+def emergence(model, cfg, train, val):
+    """What has emerged, in figures: a dict of floats."""
+    z, picture, eps, H = find_neighbors(model, cfg, train)
+    spread = z.std(0).mean() * math.sqrt(z.shape[1])        # 1 for points all over the sphere
+    found = dict(threshold=eps, local=H.sum(1).float().mean(), std=spread)
+
+    # Purity is the share of the pairs of H that have the same label; chance is that of all pairs.
+    different = picture[:, None] != picture
+    for name, labels in (("", train.targets), ("_coarse", train.coarse)):
+        if labels is not None:
+            label = labels[picture]
+            same = (label[:, None] == label).double()
+            found["purity" + name] = same[H].mean()
+            found["chance" + name] = same[different].mean()
+
+    # RankMe (Garrido et al. 2023): e to the entropy of the features' singular values.
+    backbone = model.method.backbone
+    x, index = features(backbone, *fixed_centres(train, cfg, 2048), cfg)
+    values = torch.linalg.svdvals(x)
+    found["rankme"] = torch.special.entr(values / values.sum() + 1e-7).sum().exp()
+
+    if val and train.targets is not None:
+        x_val, index_val = features(backbone, *fixed_centres(val, cfg, 512), cfg)
+        right = nearest_neighbors(x, train.targets[index], x_val, val.targets[index_val])
+        found["knn"] = 100 * right.double().mean()
+    return {key: value.item() for key, value in found.items()}
+
+
+def draw_neighbors(model, cfg, train, path):
+    """A picture of eight rows: an anchor, then those of its H, nearest first."""
+    z, picture, _, H = find_neighbors(model, cfg, train)
+    order = (z @ z.T).argsort(descending=True).cpu()
+    centres = Views(train, cfg, views=0)
+    tiles = torch.ones(64, 3, cfg.size, cfg.size)           # white
+    for anchor in range(min(8, len(z) // 2)):
+        near = [j for j in order[anchor].tolist() if H[anchor, j]]
+        shown = dict.fromkeys(picture[[anchor, *near]].tolist())
+        for column, index in zip(range(8), shown):
+            tiles[8 * anchor + column] = centres[[(0, index)]].crops[0] / 255
+    tiles = F.interpolate(tiles, scale_factor=max(1, 64 // cfg.size))
+    save = torchvision.utils.save_image
+    write(path, lambda file: save(tiles, file, format="png", pad_value=1))
+
+
+def place_in_class(labels):
+    """For each entry: how many of its class stand before it."""
+    seen, places = {}, []
+    for label in labels.tolist():
+        places.append(seen.get(label, 0))
+        seen[label] = places[-1] + 1
+    return torch.tensor(places)
+
+
+def labelled_pictures(cfg, targets):
+    """The pictures whose labels the probe may see: a share that is balanced over the classes."""
+    classes, total = int(targets.max()) + 1, round(cfg.label_fraction * len(targets))
+    if total < classes:
+        asked = f"--label-fraction {cfg.label_fraction}"
+        least = f"{classes / len(targets) + 5e-5:.4f}"
+        raise CommandError(f"{asked}: fewer labels than classes; give {least} or more")
+
+    # They are taken in turn, one of each class that has more.
+    order = permutation(len(targets), "labels")
+    labels = targets[order]
+    turn = place_in_class(labels) * classes + permutation(classes, "labels")[labels]
+    return order[turn.argsort()[:total]].sort().values
+
+
+def split_labels(cfg, targets):
+    """The pictures that heads are trained on, and a tenth of each class to choose a head by."""
+    labelled = labelled_pictures(cfg, targets)
+    labelled = labelled[permutation(len(labelled), cfg.seed, "holdout")]
+    labels = targets[labelled]
+    counts = labels.bincount()
+    held = place_in_class(labels) < (counts // 10).clamp(min=1).minimum(counts - 1)[labels]
+    return labelled[~held], labelled[held]
+
+
+def live_stream(backbone, train, lists, cfg):
+    """(features, labels) of each list, of random crops and flips."""
+    for batch in loader(Views(train, cfg, views=1), lists, cfg.workers):
+        with torch.no_grad(), autocast(cfg):
+            x = backbone(augment(batch, cfg, color=False)).float()
+        yield x, train.targets[batch.pictures].to(cfg.device)
+
+
+RATES = [float(rate) for rate in "0.01 0.03 0.1 0.3 1 3 10 30 100".split()]
+
+
+def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
+    """The linear probe and k-NN on a frozen backbone. Returns what probe.json holds, in percent.
+
+    A linear head for each of RATES is trained (SGD, decay 1e-5, a tenth of the rate at 60 and at
+    80 % of the epochs: the authors' probe) on stored features of centre crops, or for ImageNet on
+    live crops and flips. The one that is best on a tenth of the labelled pictures, on which no head
+    was trained, is run on val.
+    """
+    backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def stored(pictures, indices):
+        x, used = features(backbone, centre_batches(pictures, indices, cfg), indices, cfg)
+        return x, pictures.targets[used].to(cfg.device)
+
+    fit, hold = split_labels(cfg, train.targets)
+    x_val, y_val = stored(val, torch.arange(len(val)))
+    x_hold, y_hold = stored(train, hold if len(hold) else fit)
+    x_fit, y_fit = stored(train, fit[:262144])              # what fits into the memory of a GPU
+
+    torch.manual_seed(cfg.seed)
+    classes = int(train.targets.max()) + 1
+    heads = nn.ModuleList(nn.Linear(x_fit.shape[1], classes) for _ in RATES).to(cfg.device)
+    groups = [dict(params=head.parameters()) for head in heads]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-5)
+    parts = dict(heads=heads, optimizer=optimizer)
+    step = load_checkpoint(checkpoint, parts, asked)
+
+    is_live = cfg.data == "imagenet"
+    rows = fit if is_live else torch.arange(len(x_fit))
+    size = max(1, min(256, len(rows)) // RANKS) * RANKS
+    per_epoch = len(rows) // size
+    lists = batches(rows, size, cfg.seed, "probe", epochs=cfg.probe_epochs, start=step)
+    stream = ((x_fit[i], y_fit[i]) for i in ([row for _, row in keys] for keys in lists))
+    if is_live:
+        stream = live_stream(backbone, train, lists, cfg)
+
+    total = cfg.probe_epochs * per_epoch
+    for x, y in tqdm(stream, "probe", total, initial=step, disable=RANK > 0, leave=False):
+        epoch = step // per_epoch
+        falls = sum(epoch >= max(1, cfg.probe_epochs * tenths // 10) for tenths in (6, 8))
+        for group, rate in zip(optimizer.param_groups, RATES):
+            group["lr"] = rate * 0.1 ** falls
+        optimizer.zero_grad()
+        loss = sum(F.cross_entropy(head(x), y) for head in heads)
+        loss.backward()
+        stop = loss.new_tensor(bool(signals))
+        add_over_ranks([*(p.grad for p in heads.parameters()), stop], RANKS)
+        optimizer.step()
+
+        # Stored features are trained on in seconds: only a live probe is saved at each epoch.
+        step += 1
+        if stop or is_live and step % per_epoch == 0:
+            save_checkpoint(checkpoint, parts, step=step, experiment=asked)
+        if stop:
+            raise Interrupted
+
+    @torch.no_grad()
+    def is_right(head, x, y):
+        """Whether the truth is the k-th likeliest class: (n, k) bool, for the first five."""
+        likeliest = head(x).topk(min(5, classes)).indices
+        return likeliest == y[:, None]
+
+    def percent(right):
+        return 100 * right.double().mean().item()
+
+    holdout = [percent(is_right(head, x_hold, y_hold)[:, 0]) for head in heads]
+    best = holdout.index(max(holdout))
+    right = is_right(heads[best], x_val, y_val)
+    knn = nearest_neighbors(x_fit, y_fit, x_val, y_val)
+    return dict(
+        top1=percent(right[:, 0]), top5=percent(right.any(1)), knn=percent(knn), rate=RATES[best],
+        holdout=dict(zip(map(str, RATES), holdout)), epochs=cfg.probe_epochs, train=len(rows),
+        held_out=len(hold), val=len(y_val), knn_bank=len(y_fit),
+        # Which pictures of val were right, a digit each.
+        right="".join(map(str, right[:, 0].int().tolist())),
+        knn_right="".join(map(str, knn.int().tolist())))
+
+
+# === The command ==================================================================================
+
+def load_backbone(path, cfg, remedy):
+    """The backbone of a backbone.pt, or of torchvision's file, whose classifier is left out."""
     backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     mine = backbone.state_dict()
+
     def fill(file):
-        state = torch.load(file, map_location="cpu", weights_only=True)         # runs no code in it
-        for name in [k for k in state if re.match(r"(fc|classifier|heads?)\.", k) and k not in mine]:
-            del state[name]                                           # in place: it keeps _metadata
-        require(all(state[k].dtype == mine[k].dtype for k in state.keys() & mine.keys()), "another dtype")
+        state = read_tensors(file)
+        for name in list(state):
+            if re.match(r"(fc|classifier|heads?)\.", name) and name not in mine:
+                del state[name]                             # in place: it keeps its _metadata
         backbone.load_state_dict(state)
+
     read(path, fill, remedy)
     return backbone
 
-@contextlib.contextmanager
-def open_run(out, cfg, argv, identity):     # its folder: made, or of the same experiment; locked
-    path, code, lock = os.path.join(out, "config.json"), fingerprint(open(__file__, "rb").read()), None
-    saved = read(path, lambda f: dict(json.load(f)), "give another --out") if os.path.exists(path) else {}
-    there, here = saved.get("config", {}), vars(cfg)
-    foreign = not cfg.probe and saved.get("identity") != identity
-    if saved and (foreign or bool(cfg.probe) != bool(there.get("probe"))):
-        other = [f"{flag(name)} {there.get(name)} there, {here[name]} here" for name in EXPERIMENT
-                 if there.get(name) != here[name]] or ["of other data"]
-        raise UserError(f"--out {out}: holds another experiment ({'; '.join(other)}); give another --out")
-    if saved and saved.get("code") != code:
-        announce(f"warning: hex.py has changed since {out} was begun")
-    if process()[0] == 0:
-        known = {"lock", "config.json.tmp"}
-        if os.path.lexists(out) and not (saved or os.path.isdir(out) and known.issuperset(os.listdir(out))):
-            raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
-        try:
-            os.makedirs(out, exist_ok=True)
-            lock = open(os.path.join(out, "lock"), "a")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)         # its owner's death releases it
-        except OSError as error:
-            reason = "another run is at work there" if lock else error.strerror
-            raise UserError(f"--out {out}: cannot be used ({reason}); give another --out") from error
-        if cfg.probe or not saved:
-            versions = dict(python=sys.version, torch=torch.__version__, torchvision=torchvision.__version__)
-            content = dict(config=vars(cfg), identity=identity, code=code, command=["hex.py", *argv],
-                           versions=versions, ranks=process()[1], threads=torch.get_num_threads())
-            write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-    agree(out, cfg, "--out")                                    # waits for all
-    with lock or contextlib.nullcontext():
-        yield
 
-def run(cfg, argv):       # whatever is wrong with the command shows before the run's folder is made
-    torch.backends.cudnn.benchmark = True                             # the sizes of a run are fixed
-    remedy = f"give a file of --backbone {cfg.backbone} at --size {cfg.size}"
-    backbone, model = (load_backbone(cfg.probe, cfg, remedy), None) if cfg.probe else (None, build_model(cfg))
+def take_folder(out, content):
+    """Rank 0 makes the run's folder, or finds one of the same experiment. Returns its lock, which
+    holds until it is closed or its owner dies."""
+    config = out / "config.json"
+    if config.exists():
+        there = read_json(config, "give another --out").get("experiment")
+        differing = [
+            f"{name} {there.get(name)} there, {value} here"
+            for name, value in content["experiment"].items() if there.get(name) != value]
+        if differing:
+            differing = "; ".join(differing)
+            other = f"holds another experiment ({differing})"
+            raise UserError(f"--out {out}: {other}; give another --out")
+    elif out.exists() and {*os.listdir(out)} - {"lock", "config.json.tmp"}:
+        raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another run is at work there; give another --out") from None
+    return lock
+
+
+def evaluate(backbone, cfg, train, val, out, experiment, signals):
+    """The results of the probe, which are in probe.json."""
+    weights = digest(*(x.cpu().numpy().tobytes() for x in backbone.state_dict().values()))
+    asked = experiment | dict(
+        probe_epochs=cfg.probe_epochs, label_fraction=cfg.label_fraction, weights=weights)
+    path = out / "probe.json"
+    found = on_first_rank(lambda: read_json(path, "delete it") if path.exists() else {})
+    if found.get("asked") == asked:
+        announce(f"the probe was finished before; delete {path} to repeat")
+        return found
+    found = linear_probe(backbone, cfg, train, val, out / "probe.pt", asked, signals)
+    found["asked"] = asked
+    write_json(path, found)
+    return found
+
+
+def run(cfg, argv, signals):
+    """From pictures to results, in a folder. What is there already is not done again."""
+    torch.backends.cudnn.benchmark = True                   # the sizes of a run are fixed
+
+    # Whatever is wrong with the command shows before the folder is made.
+    model, backbone = None, None
+    if cfg.probe:
+        fitting = f"give a file of --backbone {cfg.backbone} at --size {cfg.size}"
+        backbone = load_backbone(cfg.probe, cfg, fitting)
+    else:
+        model = build_model(cfg)
     train, val = load_data(cfg)
-    labelled, step = val is not None and train.targets is not None, cfg.batch_size * cfg.accumulate
+    labelled = train.targets is not None and val is not None
     if labelled:
         labelled_pictures(cfg, train.targets)
     elif cfg.probe:
-        fail(f"--root {cfg.root}: holds no train/ and val/ with labels to probe; give another")
-    if model and cfg.epochs and len(train) < step:
-        cure = f"--accumulate 1 --batch-size {min(cfg.batch_size, len(train)) // process()[1] * process()[1]}"
-        fail(f"{len(train)} pictures are less than the {step} of a step; give {cure}")
-    data = fingerprint(train.identity(), val.identity() if val else b"")
-    identity = fingerprint({name: getattr(cfg, name) for name in EXPERIMENT}, data)
-    named = {name: getattr(cfg, name) for name in ("data", "method", "loss", "seed", "epochs")}
-    plain = resolve(cfg.recipe, cfg.method, named | ({} if cfg.device == "cuda" else {"amp": "off"}))
-    plain["epochs"] = RECIPES[cfg.recipe]["any"]["epochs"]
-    other = [f"-{key}_{getattr(cfg, key)}" for key in EXPERIMENT if getattr(cfg, key) != plain[key]]
-    about = f"{cfg.method}-{cfg.loss}-s{cfg.seed}{''.join(other)}"
-    about = f"probe-{os.path.basename(os.path.dirname(cfg.probe))}-s{cfg.seed}" if cfg.probe else about
-    name = re.sub(r"[^\w.+-]+", "_", f"{cfg.data}-{about}")
-    name = name if len(name) < 200 else name[:180] + "-" + fingerprint(name)[:12]
-    out = cfg.out or os.path.join("runs", name)
-    final, results = os.path.join(out, "backbone.pt"), os.path.join(out, "probe.json")
-    agree([identity, os.path.exists(final)], cfg, "data, options or --out")
-    with open_run(out, cfg, argv, identity):
-        how = " ".join(f"{key}={value}" for key, value in vars(cfg).items() if value is not None)
-        no = "" if labelled else f" without {'labels' if train.targets is None else 'val/'}: no probe or k-NN"
-        announce(f"{out}: {len(train)} train, {len(val or ())} val pictures{no}; {process()[1]} ranks; {how}")
-        if cfg.recipe in ("cifar", "imagenet") and torch.version.cuda and not torch.cuda.is_available():
-            announce(f"warning: no GPU is visible, and the recipe {cfg.recipe} is for one")
-        new, found = not cfg.probe and not os.path.exists(final), None
-        if new:
-            backbone = pretrain(model, cfg, train, val, out, identity).to("cpu")
-            if process()[0] == 0:
-                write(final, partial(torch.save, backbone.state_dict()))
-        elif not cfg.probe:
+        raise CommandError(f"--root {cfg.root}: holds no train/ and val/ with labels; give another")
+    needed = cfg.batch_size * cfg.accumulate if cfg.epochs and model else 2
+    if len(train) < needed:
+        fewer = max(1, len(train) // RANKS) * RANKS
+        raise CommandError(
+            f"{len(train)} pictures are less than the {needed} of a step; "
+            f"give --accumulate 1 --batch-size {fewer}, or more pictures")
+
+    # What the folder is of, as config.json will hold it.
+    experiment = {field.name: getattr(cfg, field.name) for field in fields(Experiment)}
+    experiment |= dict(probe=cfg.probe, pictures=[each and each.digest() for each in (train, val)])
+    experiment = json.loads(json.dumps(experiment))
+    about = "probe" if cfg.probe else f"{cfg.method}-{cfg.loss}"
+    out = Path(cfg.out or f"runs/{cfg.data}-{about}-s{cfg.seed}")
+    agree([experiment, str(out)], "data or options")
+    versions = dict(
+        python=sys.version, torch=torch.__version__, torchvision=torchvision.__version__)
+    content = dict(
+        config=vars(cfg), experiment=experiment, command=["hex.py", *argv], versions=versions,
+        code=digest(Path(__file__).read_bytes()), ranks=RANKS, threads=torch.get_num_threads())
+
+    with contextlib.ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(take_folder(out, content)) and None)
+        if on_first_rank(lambda: not (out / "config.json").exists()):
+            write_json(out / "config.json", content)
+        counts = f"{len(train)} train, {len(val or ())} val pictures"
+        no = "" if labelled else " without labels or val/: no probe or k-NN"
+        announce(f"{out}: {counts}{no}; {RANKS} ranks; {cfg}")
+
+        # Train, or take what is there. Who needs room may delete the checkpoint in the end.
+        final, checkpoint = out / "backbone.pt", out / "checkpoint.pt"
+        if model and on_first_rank(lambda: final.exists() and not checkpoint.exists()):
             backbone = load_backbone(final, cfg, "delete it")
+        elif model:
+            pretrain(model, cfg, train, val, out, experiment, signals)
+            backbone = model.method.backbone.cpu()
+            write(final, lambda file: torch.save(backbone.state_dict(), file))
+        result = ", ".join(sorted(os.listdir(out)))
         if labelled:
-            names = ("probe_epochs", "label_fraction", "seed", "amp", "backbone", "size", "norm", "data")
-            about = fingerprint({name: getattr(cfg, name) for name in names}, data, backbone)
-            if os.path.exists(results):
-                found = read(results, lambda file: dict(json.load(file)), "delete it")
-            if not found or found.get("identity") != about:
-                found, new = linear_probe(backbone, cfg, train, val) | dict(identity=about), True
-                if process()[0] == 0:
-                    write(results, lambda file: file.write(json.dumps(found, indent=1).encode()))
-        agree(out, cfg, "--out")                                    # waits for all
-        if process()[0] == 0:                           # the result, what has emerged, what is left
+            found = evaluate(backbone, cfg, train, val, out, experiment, signals)
             names = dict(top1="top-1", top5="top-5", knn="k-NN")
-            result = ", ".join(f"{word} {found[key]:.2f} %" for key, word in names.items() if found)
-            print(f"{clean(out)}: {result or ', '.join(sorted(os.listdir(out)))}")
-            log, events = os.path.join(out, "metrics.jsonl"), []
-            if os.path.exists(log):
-                events = read(log, lambda file: [*map(json.loads, file)], "delete it")
-            epochs = [event for event in events if event.pop("event") == "epoch"]
+            result = ", ".join(f"{word} {found[key]:.2f} %" for key, word in names.items())
+
+        # Two lines: the result, and what has emerged from the first epoch to the last.
+        if RANK == 0:
+            print(f"{one_line(out)}: {result}")
+            log = read_log(out / "metrics.jsonl")
+            epochs = [event for event in log if event.pop("event") == "epoch"]
             for figures in epochs[:1] + epochs[-1:]:
                 print(", ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None))
-        if not new:
-            announce(f"finished before, nothing was run; delete {out} to repeat")
+
+
+def join_ranks(cfg):
+    """The process group that torchrun has prepared."""
+    if cfg.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+
+
+TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
+# What these say of a machine is enough. Any other error is a fault of ours, and is shown whole.
+KNOWN = "out of memory|shared memory|DataLoader worker|already in use|closed by peer|reset by peer"
+
 
 def main(argv=None):
-    """The command line -> exit status: 0, 1 (what it met), 2 (the command), 75 (interrupted)."""
-    argv, own, status, rank = sys.argv[1:] if argv is None else list(argv), False, 0, 0
-    try:
-        rank = process()[0]
-        cfg, _ = parse(argv)
-        own = process()[1] > 1 and not dist.is_initialized()
-        if own:
-            if cfg.device == "cuda":
-                torch.cuda.set_device(process()[2])
-            signal.signal(signal.SIGINT, signal.SIG_DFL)        # Python's would wait for a rank
-            dist.init_process_group({"cuda": "nccl", "cpu": "gloo"}[cfg.device])
-        run(cfg, argv)
-    except KeyboardInterrupt:
-        line, status = "interrupted, run the same command again", 75
-    except UserError as error:                                   # a loader's comes with a traceback
-        line, status = str(error), error.status
-        line = "error: " + (line.rpartition("UserError: ")[2] if "DataLoader worker" in line else line)
-    except Exception as error:
-        line, status = "error: " + str(error).strip().split("\n")[0], 1
-        known = "out of memory|shared memory|DataLoader worker|already in use|closed by peer|reset by peer"
-        if not re.search(known, line):              # these say enough; any other is a fault of ours
-            traceback.print_exc()
-    if status and (rank == 0 or dist.is_initialized() and status != 75):    # what all say, one says
-        print(f"hex.py: {clean(line)}", file=sys.stderr, flush=True)
-    if own and status:
-        os._exit(status)                                      # to destroy the group waits for peers
-    if own:
+    """The command line. Returns the exit status: 0, 1 for what it met, 2 for a wrong command, 75
+    for a run that was interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    joins = RANKS > 1 and not dist.is_initialized()
+    status = 0
+    with signals_counted() as signals:
+        try:
+            if 0 < len(missing) < len(TORCHRUN):
+                unset = ", ".join(missing)
+                raise CommandError(f"{unset}: not set, but others are: use torchrun, or unset all")
+            cfg = parse(argv)
+            if joins:
+                join_ranks(cfg)
+            run(cfg, argv, signals)
+        except Exception as error:
+            if signals and not isinstance(error, UserError):
+                error = Interrupted()                       # it has hit a loader or a rank, too
+            status = getattr(error, "status", 1)
+            # A loader's error comes with a traceback.
+            line = str(error).rpartition("UserError: ")[2]
+            if not isinstance(error, (UserError, OSError, MemoryError)) and line == str(error):
+                line = line.split("\n")[0]
+                if not re.search(KNOWN, line):
+                    traceback.print_exc()
+            if RANK == 0 or missing or not getattr(error, "is_common", False):
+                kind = "" if status == Interrupted.status else "error: "
+                print(f"hex.py: {kind}{one_line(line)}", file=sys.stderr, flush=True)
+            if joins:
+                os._exit(status)                            # to leave the group waits for peers
+    if joins:
         dist.destroy_process_group()
     return status
+
 
 if __name__ == "__main__":
     sys.exit(main())
