@@ -47,17 +47,20 @@ methods, settings, backbones, data and views, optimizer, training, evaluation, t
 import argparse
 import contextlib
 import copy
+import datetime
 import fcntl
 import functools
 import hashlib
 import inspect
 import json
 import math
+import multiprocessing.forkserver
 import os
 import random
 import re
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -65,12 +68,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision.models.vision_transformer import interpolate_embeddings
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -92,13 +97,15 @@ def similarities(a, b, temperature):
     shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
     require(a.ndim == 2 and a.shape == b.shape, f"a and b must be row-aligned (N, D), not {shapes}")
     require(len(a) > 1, "N = 1: a contrastive loss needs 2 images, or there are no negatives")
-    require(temperature > 0, f"temperature = {temperature} must be above 0")
+    require(0 < temperature < math.inf, f"temperature = {temperature} must be above 0, and finite")
 
-    # Embeddings are scaled to length 1, in float32 or better. One of length 0 stays as it is.
+    # Embeddings are scaled to length 1, in float32 or better. One of length 0 stays as it is. One
+    # that is too long for its dtype becomes NaN: else it would become 0, and the loss look sound.
     z = torch.cat([a, b])
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    z = z / length.masked_fill(length < 1e-12, 1)
+    length = length.masked_fill(length < 1e-12, 1)
+    z = z / length.masked_fill(length == math.inf, math.nan)
 
     with torch.autocast(z.device.type, enabled=False):
         s = z @ z.T
@@ -114,9 +121,10 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
     threshold: AdaptiveThreshold() if None, another of these classes, or a number, above which a
     cosine is local. decoupled: leave the positive out of the sum. epoch: for scheduled thresholds.
     Returns the mean loss (a scalar, in float32 or better) and its statistics (see statistics_of).
-    ValueError: temperature <= 0, beta < 0, tau_plus outside [0, 1), N < 2, shapes that differ.
+    ValueError: temperature <= 0, beta outside [0, 1e6], tau_plus outside [0, 1), a threshold that
+    is not finite, N < 2, shapes that differ.
     """
-    require(0 <= beta < math.inf, f"beta = {beta} must be at least 0, and finite")
+    require(0 <= beta <= 1e6, f"beta = {beta} must be in [0, 1e6]")
     require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
     tau = temperature
     s, s_p, negative = similarities(a, b, tau)
@@ -185,6 +193,7 @@ def split(s, negative, threshold, epoch, count_all=False):
     if threshold is None:
         threshold = AdaptiveThreshold()
     if isinstance(threshold, (int, float)):
+        require(abs(threshold) < math.inf, f"threshold = {threshold} must be finite")
         return s.new_full((), threshold), negative & (s > threshold)
     require(callable(threshold), f"threshold = {threshold!r} is neither a number nor a function")
     eps, above = threshold(s, None if count_all else negative, epoch)
@@ -309,9 +318,14 @@ class OracleHierarchy:
 # === Many processes ===============================================================================
 # Only this section talks to other processes. Without torchrun all of it does nothing.
 
-# torchrun tells each process its number among all of them, and how many there are.
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
+def environment(name, default):
+    """A number that torchrun or Slurm has set, or the default."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else default
+
+
+RANK = environment("RANK", 0)                               # the number of this process
+RANKS = environment("WORLD_SIZE", 1)                        # how many there are
 
 
 def gather(x):
@@ -320,13 +334,30 @@ def gather(x):
     Only this rank's own rows carry a gradient. So where every rank computes the same loss of all
     rows, the sum over the ranks of their gradients is the gradient of that loss. (A wrapper that
     takes the mean instead, such as DistributedDataParallel, needs the loss times the ranks.)
+    ValueError: the ranks have different shapes.
     """
     if not dist.is_initialized():
         return x
+    check_shape(x.shape)
     rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, x.detach())
     rows[dist.get_rank()] = x
     return torch.cat(rows)
+
+
+def everywhere(content):
+    """What each rank has given, in their order."""
+    contents = [content]
+    if dist.is_initialized():
+        contents = [None] * dist.get_world_size()
+        dist.all_gather_object(contents, content)
+    return contents
+
+
+@functools.cache                                            # each shape is checked once
+def check_shape(shape):
+    shapes = everywhere(shape)
+    require(len({*shapes}) == 1, f"the ranks have rows of different shapes: {shapes}")
 
 
 def add_over_ranks(tensors, divide_by=1):
@@ -341,25 +372,23 @@ def add_over_ranks(tensors, divide_by=1):
 
 def agree(content, what):
     """Waits for all ranks. CommandError: they do not hold the same content."""
-    contents = [content] * RANKS
-    if RANKS > 1:
-        dist.all_gather_object(contents, content)
+    contents = everywhere(content)
     if any(each != contents[0] for each in contents):
         raise CommandError(f"the ranks see different {what}: give all the same")
 
 
 def on_first_rank(task):
-    """Rank 0 does the task. All ranks wait for it, and return its result or raise its UserError."""
+    """Rank 0 does the task. All ranks wait for it, and return its result or raise its error."""
     box = [None]
     if RANK == 0:
         try:
             box = [task()]
-        except UserError as error:
+        except Exception as error:
             error.is_common = True
             box = [error]
     if RANKS > 1:
         dist.broadcast_object_list(box)
-    if isinstance(box[0], UserError):
+    if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
 
@@ -569,6 +598,7 @@ class HEX(nn.Module):
         require(loss in LOSSES, f"loss = {loss!r} is not one of {', '.join(LOSSES)}")
         self.method = method
         self.name = loss
+        self.pair_loss = LOSSES[loss]
         self.alpha = getattr(method, "alpha", 0.1) if alpha is None else alpha
         self.scale = getattr(method, "scale", 1.0) if scale is None else scale
         self.temperature = temperature
@@ -608,7 +638,7 @@ class HEX(nn.Module):
                 require(pairs, f"loss = {self.name!r} needs pairs (a, b); the method gave none")
                 # With alpha = 1 the own loss is let go of, so that its graph is freed.
                 loss = 0 if self.alpha == 1 else (1 - self.alpha) * loss
-                terms = [LOSSES[self.name](a, b, self.temperature, **options) for a, b in pairs]
+                terms = [self.pair_loss(a, b, self.temperature, **options) for a, b in pairs]
                 if not options:
                     terms = [(term, {}) for term in terms]
                 values, more = zip(*terms)
@@ -619,9 +649,10 @@ class HEX(nn.Module):
                 stats[self.name] = mean.detach()
 
         # An embedding that is not part of the loss still gets a gradient, of 0: DDP waits for it.
+        # Where its square overflows the loss becomes NaN, since a norm of it would not be sound.
         for e in embeddings:
             if e.requires_grad:
-                loss = loss + 0 * e.sum()
+                loss = loss + 0 * e.square().sum()
         return loss, stats
 
     def after_step(self, done, outputs=()):
@@ -730,7 +761,8 @@ class Config(Experiment):
     label_fraction: within(1e-6, 1.0) = 1.0  # share of the train labels it sees, class-balanced
     device: Literal["cpu", "cuda"] = None  # cuda where there is one
     workers: within(0, 256) = None  # loader processes a rank
-    compile: bool = False  # torch.compile the method
+    compile: bool = False  # torch.compile the method, the augmentation and the loss
+    deterministic: bool = False  # on a GPU, the same bytes again; slower
     checkpoint_every: Positive = None  # steps between checkpoints, beside each epoch's
     log_every: Positive = 10  # steps between lines of metrics.jsonl
 
@@ -834,7 +866,7 @@ def parse(argv):
         cfg.amp = "off"
     if cfg.workers is None:
         # On a CPU, pictures that are in memory are cropped fastest by the run itself.
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) // max(1, environment("LOCAL_WORLD_SIZE", 1))
         cfg.workers = min(12, cores // 2) if cfg.device == "cuda" or has_files(cfg) else 0
     check(cfg, given)
     return cfg
@@ -857,8 +889,12 @@ def options_of_run(given):
         return []
     if not os.path.exists(beside):
         raise CommandError(f"--probe {probe}: there is no config.json beside it; {remedy}")
-    saved = read_json(beside, remedy)["config"]
-    return [f"{flag(name)}={saved[name]}" for name in names if saved[name] is not None]
+
+    def options(file):
+        saved = json.load(file)["config"]
+        return [f"{flag(name)}={saved[name]}" for name in names if saved[name] is not None]
+
+    return read(beside, options, remedy)
 
 
 # Where a setting is one of these, those options would have no effect, and are refused.
@@ -904,6 +940,10 @@ def check(cfg, given):
             cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"),
         "--device cuda: no GPU is visible; give --device cpu":
             cfg.device == "cuda" and not torch.cuda.is_available(),
+        f"TMPDIR={tempfile.gettempdir()}: is too long for the loaders' sockets; give TMPDIR=/tmp":
+            cfg.workers and len(tempfile.gettempdir()) > 70,
+        "srun has started more than one task: let it start torchrun, as the README says":
+            environment("SLURM_STEP_NUM_TASKS", 1) > 1 and "RANK" not in os.environ,
         "--backbone pixels: has no weights to train; add --epochs 0":
             cfg.backbone == "pixels" and cfg.epochs and not cfg.probe,
     }
@@ -1017,26 +1057,28 @@ class Pictures:
 
 class Folder:
     """The files in ROOT/<class>/**, or without labels in ROOT/**. All are taken for pictures, but
-    for those whose name, or whose folder's name, begins with a dot."""
+    for those whose name, or whose folder's name, begins with a dot, and for runs."""
     coarse = targets = None
 
-    def __init__(self, root, labelled=True):
+    def __init__(self, root, labelled=True, skip=()):
         self.root = root
-        self.files = list(files_below(root))
+        files = list(files_below(root, skip, {os.path.realpath(root)}))
         self.classes = []
         if labelled:
-            self.files = [file for file in self.files if "/" in file]
-            names = [file.partition("/")[0] for file in self.files]
+            files = [file for file in files if "/" in file]
+            names = [file.partition("/")[0] for file in files]
             self.classes = sorted(set(names))
             label = {name: number for number, name in enumerate(self.classes)}
             self.targets = torch.tensor([label[name] for name in names], dtype=torch.long)
+        # One buffer goes to a loader process at once, and a million strings would not.
+        self.files = numpy.array([*map(os.fsencode, files)], dtype=bytes)
 
     def __len__(self):
         return len(self.files)
 
     def read(self, index):
         """(3, H, W) uint8, upright. UserError: it is no picture."""
-        path = os.path.join(self.root, self.files[index])
+        path = os.path.join(self.root, os.fsdecode(self.files[index]))
         try:
             require(os.path.isfile(path), "no regular file")
             with warnings.catch_warnings(action="ignore"):
@@ -1047,31 +1089,45 @@ class Folder:
             raise UserError(reason) from None
 
     def digest(self):
-        return digest(os.fsencode("\0".join([*self.classes, "", *self.files])))
+        return digest(repr((self.classes, self.files.dtype)).encode(), self.files.tobytes())
 
 
-def files_below(root, prefix=""):
-    """The paths of all files but hidden ones, from root on: of a folder, then of those in it."""
-    entries = sorted(os.scandir(f"{root}/{prefix}"), key=lambda entry: entry.name)
+def files_below(folder, skip, seen):
+    """The paths of all files but hidden ones, from the folder on: its own, then its folders'.
+
+    Runs and the folders `skip` are no data. A link to a folder that was seen is not followed: it
+    may lead up, and so for ever. skip, seen: sets of real paths.
+    """
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    if {"config.json", "lock"} <= {entry.name for entry in entries}:
+        return
     entries = [entry for entry in entries if entry.name[0] != "."]
-    yield from (prefix + entry.name for entry in entries if not entry.is_dir())
+    yield from (entry.name for entry in entries if not entry.is_dir())
     for entry in entries:
-        if entry.is_dir():
-            yield from files_below(root, f"{prefix}{entry.name}/")
+        real = os.path.realpath(entry.path)
+        if not entry.is_dir() or real in skip or entry.is_symlink() and real in seen:
+            continue
+        seen.add(real)
+        for name in files_below(entry.path, skip, seen):
+            yield f"{entry.name}/{name}"
 
 
 def decode(path):
     """(3, H, W) uint8. JPEG by torchvision, which is twice as fast; all else by Pillow, as
-    torchvision's PNG decoder dies of a damaged file."""
+    torchvision's PNG decoder dies of a damaged file. ValueError: numbers of no known range."""
     picture = Image.open(path)                              # refuses what would fill the memory
-    if picture.format in ("JPEG", "MPO"):
+    kind, mode = picture.format, picture.mode
+    if kind in ("JPEG", "MPO"):
         data = torchvision.io.read_file(path)
         return torchvision.io.decode_jpeg(data, mode="RGB", apply_exif_orientation=True)
 
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):                     # Pillow would cut 16 bits off at 255
-        gray = TF.pil_to_tensor(picture).int() % 65536 // 257
-        return gray.byte().expand(3, -1, -1)
+    with contextlib.suppress(Exception):                    # metadata may be broken
+        picture = ImageOps.exif_transpose(picture)
+    # Pillow would cut at 255 what has more than 8 bits. Of 16 bits, the full range is known.
+    if mode.startswith("I;16") or (kind, mode) == ("PPM", "I"):
+        gray = torch.from_numpy(numpy.asarray(picture) // 257).byte()
+        return gray.expand(3, -1, -1)
+    require(mode not in ("I", "F"), f"mode {mode}: numbers of no known range")
     return TF.pil_to_tensor(picture.convert("RGB"))
 
 
@@ -1120,11 +1176,16 @@ def load_cifar(cfg):
     """CIFAR-10 or -100 from cfg.root, downloaded if it is not there."""
     kind = getattr(torchvision.datasets, cfg.data.upper())
     root = cfg.root or "data"
+    os.makedirs(root, exist_ok=True)
+    folder = os.open(root, os.O_RDONLY)
+    with contextlib.suppress(OSError):                      # not every file system has locks
+        fcntl.flock(folder, fcntl.LOCK_EX)                  # one process downloads, others wait
     try:
-        on_first_rank(lambda: kind(root, download=True) and None)
-        splits = [kind(root, train) for train in (True, False)]
+        splits = [kind(root, train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise UserError(f"--data {cfg.data}: {error}; put {kind.filename} in {root}") from error
+    finally:
+        os.close(folder)
 
     # The super-class (Krizhevsky 2009) of each of CIFAR-100's classes, a digit of base 20 each.
     digits = ("41e80677i33e9i7b397b6b5a76df3f0b1aceg9b55j88fdehia"
@@ -1140,12 +1201,13 @@ def load_cifar(cfg):
 def load_folder(cfg):
     """ROOT/{train,val}/<class>/**. With --data folder val/ may be missing, or labels altogether."""
     has_train, has_val = (os.path.isdir(f"{cfg.root}/{name}") for name in ("train", "val"))
+    skip = {os.path.realpath(each) for each in ("runs", cfg.out or "runs")}
     if cfg.data == "folder" and not has_train:
-        return Folder(cfg.root, labelled=False), None
-    train = Folder(f"{cfg.root}/train")
+        return Folder(cfg.root, labelled=False, skip=skip), None
+    train = Folder(f"{cfg.root}/train", skip=skip)
     if cfg.data == "folder" and not has_val:
         return train, None
-    val = Folder(f"{cfg.root}/val")
+    val = Folder(f"{cfg.root}/val", skip=skip)
     differing = sorted({*train.classes} ^ {*val.classes})
     if differing or not train.classes:
         raise UserError(
@@ -1211,7 +1273,7 @@ class Views(torch.utils.data.Dataset):
             except UserError as error:
                 if not self.cfg.skip_bad_files:
                     raise
-                print(f"hex.py: skipped {one_line(error)}", file=sys.stderr, flush=True)
+                print(f"hex.py: skipped {one_line(error)}", file=sys.stderr)
         raise UserError("no file of the data can be read: give another --root")
 
     def draw(self, picture, view, rng):
@@ -1335,29 +1397,38 @@ def batches(indices, size, *key, epochs, start=0, group=1, whole=False):
             yield keys
 
 
-def ignore_signals(_):
-    """In a loader process: it must not stop before the run has ended its step."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+def start_loader(_):
+    """In a loader process."""
+    sys.stderr = Quiet(sys.stderr)
 
 
 def loader(views, lists, workers):
-    """The batches of the lists, made by `workers` processes. They are spawned, since a fork beside
-    the threads of gloo or autograd may never return."""
+    """The batches of the lists, made by `workers` processes, whose parent is a server that has no
+    threads: a fork beside the threads of gloo or autograd may never return."""
+    server = multiprocessing.forkserver
+    if workers > 0:
+        # They inherit that signals are blocked: they must not stop before the run has ended a step.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        server.set_forkserver_preload(["torch", "torchvision"])
+        server.ensure_running()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return torch.utils.data.DataLoader(
         views, batch_size=None, sampler=lists, num_workers=workers,
-        pin_memory=views.cfg.device == "cuda", worker_init_fn=ignore_signals,
-        multiprocessing_context="spawn" if workers else None)
+        pin_memory=views.cfg.device == "cuda", worker_init_fn=start_loader,
+        multiprocessing_context="forkserver" if workers else None)
 
 
 # === Optimizer ====================================================================================
 
 class LARS(torch.optim.SGD):
     """SGD that gives each layer its own rate (You et al. 2017): lr times the factor
-    f = eta |w| / (|g| + decay |w|), or with `clip` min(lr, f). Biases and norms: lr, no decay."""
+    f = eta |w| / (|g| + decay |w|), or with `clip` min(lr, f).
 
+    params: parameters, or pairs of name and parameter. Biases, norms and what is not named a weight
+    (a ViT's class token, a layer scale) have lr itself, and no decay.
+    """
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
-        super().__init__(params, lr, momentum)
+        super().__init__(params, lr, momentum, foreach=True)
         self.decay = weight_decay
         self.eta = eta
         self.clip = clip
@@ -1368,19 +1439,27 @@ class LARS(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        # The gradients are rescaled, and the rest is SGD's own step.
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None and p.ndim > 1]
-            for w in weights:
-                norm, grad_norm = w.norm(), w.grad.norm()
-                factor = self.eta * norm / (grad_norm + self.decay * norm + 1e-8)
-                if self.clip:
-                    factor = (factor / group["lr"]).clamp(max=1)
-                factor = factor.where((norm > 0) & (grad_norm > 0), 1)
-                w.grad.add_(w, alpha=self.decay).mul_(factor)
+            names = group.get("param_names", ["weight"] * len(group["params"]))
+            weights = [
+                p for name, p in zip(names, group["params"])
+                if p.grad is not None and p.ndim > 1 and name.endswith("weight")]
+            if weights:
+                self.rescale(weights, group["lr"])
         super().step()
         return loss
+
+    def rescale(self, weights, lr):
+        """Scales the gradients, all at once. The rest is SGD's own step."""
+        grads = [w.grad for w in weights]
+        norm = torch.stack(torch._foreach_norm(weights))
+        grad_norm = torch.stack(torch._foreach_norm(grads))
+        factor = self.eta * norm / (grad_norm + self.decay * norm + 1e-8)
+        if self.clip:
+            factor = (factor / lr).clamp(max=1)
+        factor = factor.where((norm > 0) & (grad_norm > 0), 1)
+        torch._foreach_add_(grads, weights, alpha=self.decay)
+        torch._foreach_mul_(grads, factor.unbind())
 
 
 def learning_rate(step, total, warmup, peak):
@@ -1395,6 +1474,27 @@ def learning_rate(step, total, warmup, peak):
 # From here on, things are printed and files are written, most of them by rank 0.
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+class Quiet:
+    """A terminal's stream, which may be closed or full: what it cannot take is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        with contextlib.suppress(AttributeError):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:                                     # nothing more is kept for it, either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except ValueError:                                  # it is closed
+            pass
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 class Interrupted(UserError):
@@ -1424,7 +1524,10 @@ def write(path, fill):
         aside = Path(f"{path}.tmp")
         aside.unlink(missing_ok=True)                       # a link of that name is not followed
         with open(aside, "xb") as file:
-            fill(file)
+            try:
+                fill(file)
+            except RuntimeError as error:                   # torch.save's, if the disk is full
+                raise UserError(f"{path}: cannot be written ({error}); make room") from error
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -1441,9 +1544,10 @@ def read(path, reader, remedy):
     with open(path, "rb") as file:
         try:
             return reader(file)
-        except UserError:
-            raise
         except Exception as error:
+            # Memory that is too small is not the fault of the file.
+            if isinstance(error, (UserError, MemoryError)) or "memory" in str(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
 
@@ -1478,31 +1582,37 @@ def load_checkpoint(path, parts, experiment):
     return step
 
 
+# The log is the least important file: what is wrong with it never stops a run.
+
 def read_log(path):
     """The events of metrics.jsonl, without lines that are none."""
     events = []
     with contextlib.suppress(OSError), open(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict)]
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                event = json.loads(line)
+                events.append({"event": event["event"], "step": event["step"]} | event)
+    return events
 
 
 def add_to_log(path, *events, mode="a"):
     """Rank 0 adds a line for each event. NaN, which is no JSON, becomes null."""
-    if RANK == 0:
-        with open(path, mode) as file:
-            for event in events:
-                event = {key: None if value != value else value for key, value in event.items()}
-                print(json.dumps(event), file=file)
+    try:
+        if RANK == 0:
+            with open(path, mode) as file:
+                for event in events:
+                    event = {key: None if value != value else value for key, value in event.items()}
+                    print(json.dumps(event), file=file)
+    except OSError as error:
+        announce(f"warning: the log has a gap: {error}")
 
 
 @contextlib.contextmanager
-def signals_counted():
+def signals_counted(restore):
     """Yields a list, to which each signal to stop adds its time, and nothing else happens.
 
     A second one ends the process, unless it comes within 3 s: then it is a copy of the first,
-    which torchrun has passed on.
+    which torchrun has passed on. restore: whether the process goes on afterwards.
     """
     came = []
 
@@ -1519,7 +1629,8 @@ def signals_counted():
         yield came
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            if restore:
+                signal.signal(each, handler)
 
 
 def build_model(cfg):
@@ -1560,12 +1671,16 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
     model.to(cfg.device, memory_format=torch.channels_last)
     if cfg.device == "cuda" and not whole:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if cfg.compile:
-        model.method.compile()
-    weights = [p for p in model.parameters() if p.requires_grad]
+    views_of = augment
+    if cfg.compile:                                         # each shape by itself, so in any order
+        model.method.compile(dynamic=False)
+        model.pair_loss = torch.compile(model.pair_loss)
+        views_of = torch.compile(augment, dynamic=False)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    weights = [p for _, p in named]
     statistics = [x for name, x in model.named_buffers() if "running_" in name]
     peak = cfg.lr * images / 256
-    optimizer = LARS(weights, peak, weight_decay=cfg.weight_decay, eta=cfg.eta, clip=cfg.clip)
+    optimizer = LARS(named, peak, weight_decay=cfg.weight_decay, eta=cfg.eta, clip=cfg.clip)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
 
     # Go on from the checkpoint, if there is one. What was logged after it comes again.
@@ -1593,7 +1708,7 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
                 add_to_log(log, dict(event="epoch", step=step, epoch=epoch, **found))
                 figures = ", ".join(f"{key} {value:.3g}" for key, value in found.items())
                 announce(f"epoch {epoch}/{cfg.epochs}: {figures}")
-                if found["std"] < min(0.1, std):            # at the start it is low, too
+                if step and found["std"] < 0.1 and found["std"] <= std:     # low at the start, too
                     collapse = f"the embeddings collapse (std {found['std']:.3f} of 1)"
                     announce(f"warning: {collapse}: lower --lr")
                 std = found["std"]
@@ -1620,7 +1735,7 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
                 asked = time.perf_counter()
                 batch = next(source)
                 waited += time.perf_counter() - asked
-                x1, x2 = augment(batch, cfg).chunk(2)
+                x1, x2 = views_of(batch, cfg).chunk(2)
 
                 # Dropout, where a backbone has it, depends on the loss and not on who computes it.
                 rng = rng_of(cfg.seed, "step", step + 1, k * RANKS + RANK)
@@ -1694,19 +1809,23 @@ def centre_batches(pictures, indices, cfg):
 
 
 @torch.no_grad()
-def features(backbone, centres, indices, cfg):
+def features(backbone, centres, indices, cfg, signals=()):
     """The features (n, width), float32, of centre_batches(pictures, indices, cfg) of all ranks, and
     the indices (n,) of the pictures: without those that could not be read."""
     rows, read = [], []
     for batch in centres:
+        if signals:
+            raise Interrupted
         with autocast(cfg):
             rows.append(backbone(augment(batch, cfg, color=False)).float())
-        read.append(batch.pictures)
+        read += batch.pictures.tolist()                     # a tensor would keep a file open
     rows = gather(torch.cat(rows))[:len(indices)]
-    read = gather(torch.cat(read).to(cfg.device))[:len(indices)].cpu()
-    if not rows.isfinite().all():
+    read = gather(torch.tensor(read, device=cfg.device))[:len(indices)].cpu()
+    if not rows.norm(dim=1).isfinite().all():
         raise UserError("features are not finite: give another --probe, or lower --lr, a new --out")
     good = read == indices
+    if not good.any():
+        raise UserError(f"none of {len(good)} pictures of --root {cfg.root} can be read: mend them")
     return rows[good.to(cfg.device)], indices[good]
 
 
@@ -1851,7 +1970,8 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
     backbone.to(cfg.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def stored(pictures, indices):
-        x, used = features(backbone, centre_batches(pictures, indices, cfg), indices, cfg)
+        centres = centre_batches(pictures, indices, cfg)
+        x, used = features(backbone, centres, indices, cfg, signals)
         return x, pictures.targets[used].to(cfg.device)
 
     fit, hold = split_labels(cfg, train.targets)
@@ -1921,15 +2041,26 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
 # === The command ==================================================================================
 
 def load_backbone(path, cfg, remedy):
-    """The backbone of a backbone.pt, or of torchvision's file, whose classifier is left out."""
+    """The backbone of a backbone.pt, or of another file with such a model, as torchvision's: in a
+    "state_dict", behind a prefix, with a classifier, or, if a ViT, of another size."""
     backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     mine = backbone.state_dict()
+    first = next(iter(mine), "")
 
     def fill(file):
         state = read_tensors(file)
-        for name in list(state):
-            if re.match(r"(fc|classifier|heads?)\.", name) and name not in mine:
-                del state[name]                             # in place: it keeps its _metadata
+        state = state.get("state_dict", state)
+        # The prefix, as "module.encoder.", is one with which all of mine are there.
+        prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
+        fits = [each for each in prefixes if all(each + name in state for name in mine)]
+        prefix = min(fits, key=len, default="")
+        for name in list(state):                            # in place: it keeps its _metadata
+            value, inner = state.pop(name), name.removeprefix(prefix)
+            is_classifier = re.match(r"(fc|classifier|heads?)\.", inner) and inner not in mine
+            if name.startswith(prefix) and not is_classifier:
+                state[inner] = value
+        if cfg.backbone.startswith("vit_"):
+            state = interpolate_embeddings(cfg.size, backbone.patch_size, state)
         backbone.load_state_dict(state)
 
     read(path, fill, remedy)
@@ -1941,7 +2072,7 @@ def take_folder(out, content):
     holds until it is closed or its owner dies."""
     config = out / "config.json"
     if config.exists():
-        there = read_json(config, "give another --out").get("experiment")
+        there = read(config, lambda file: dict(json.load(file)["experiment"]), "give another --out")
         differing = [
             f"{name} {there.get(name)} there, {value} here"
             for name, value in content["experiment"].items() if there.get(name) != value]
@@ -1949,15 +2080,19 @@ def take_folder(out, content):
             differing = "; ".join(differing)
             other = f"holds another experiment ({differing})"
             raise UserError(f"--out {out}: {other}; give another --out")
-    elif out.exists() and {*os.listdir(out)} - {"lock", "config.json.tmp"}:
-        raise UserError(f"--out {out}: exists and is no folder of a run; give another --out")
+    elif any((out / name).exists() for name in ("checkpoint.pt", "backbone.pt", "probe.json")):
+        raise UserError(f"--out {out}: holds a run without its config.json; give another --out")
 
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out}: cannot be written; give another --out")
     lock = open(out / "lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--out {out}: another run is at work there; give another --out") from None
+    except OSError as error:
+        announce(f"warning: {out}: no lock keeps other runs away ({error})")
     return lock
 
 
@@ -1979,7 +2114,6 @@ def evaluate(backbone, cfg, train, val, out, experiment, signals):
 
 def run(cfg, argv, signals):
     """From pictures to results, in a folder. What is there already is not done again."""
-    torch.backends.cudnn.benchmark = True                   # the sizes of a run are fixed
 
     # Whatever is wrong with the command shows before the folder is made.
     model, backbone = None, None
@@ -2007,7 +2141,8 @@ def run(cfg, argv, signals):
     experiment = json.loads(json.dumps(experiment))
     about = "probe" if cfg.probe else f"{cfg.method}-{cfg.loss}"
     out = Path(cfg.out or f"runs/{cfg.data}-{about}-s{cfg.seed}")
-    agree([experiment, str(out)], "data or options")
+    common = vars(cfg) | dict(root=None, workers=None, pictures=experiment["pictures"])
+    agree(common, "data or options")
     versions = dict(
         python=sys.version, torch=torch.__version__, torchvision=torchvision.__version__)
     content = dict(
@@ -2021,6 +2156,8 @@ def run(cfg, argv, signals):
         counts = f"{len(train)} train, {len(val or ())} val pictures"
         no = "" if labelled else " without labels or val/: no probe or k-NN"
         announce(f"{out}: {counts}{no}; {RANKS} ranks; {cfg}")
+        if cfg.device == "cuda" and cfg.accumulate % RANKS:
+            announce(f"each loss is shared, and SyncBatchNorm waits: --accumulate {RANKS} avoids it")
 
         # Train, or take what is there. Who needs room may delete the checkpoint in the end.
         final, checkpoint = out / "backbone.pt", out / "checkpoint.pt"
@@ -2028,13 +2165,14 @@ def run(cfg, argv, signals):
             backbone = load_backbone(final, cfg, "delete it")
         elif model:
             pretrain(model, cfg, train, val, out, experiment, signals)
-            backbone = model.method.backbone.cpu()
+            backbone = model.method.backbone.to("cpu", memory_format=torch.contiguous_format)
             write(final, lambda file: torch.save(backbone.state_dict(), file))
         result = ", ".join(sorted(os.listdir(out)))
         if labelled:
             found = evaluate(backbone, cfg, train, val, out, experiment, signals)
             names = dict(top1="top-1", top5="top-5", knn="k-NN")
             result = ", ".join(f"{word} {found[key]:.2f} %" for key, word in names.items())
+            result += f" of {found['val']} val pictures"
 
         # Two lines: the result, and what has emerged from the first epoch to the last.
         if RANK == 0:
@@ -2045,31 +2183,53 @@ def run(cfg, argv, signals):
                 print(", ".join(f"{k} {v:.3g}" for k, v in figures.items() if v is not None))
 
 
+def set_up(cfg):
+    """Chooses the kernels, before CUDA starts."""
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # the sizes of a run are fixed
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if cfg.deterministic:                                   # NVLink SHARP's sums do not repeat
+        os.environ |= dict(CUBLAS_WORKSPACE_CONFIG=":4096:8", NCCL_NVLS_ENABLE="0")
+
+
 def join_ranks(cfg):
-    """The process group that torchrun has prepared."""
-    if cfg.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+    """The process group that torchrun has prepared. It waits for a slow download, too."""
+    backend, device = "gloo", None
+    hours = datetime.timedelta(hours=6)
+    try:
+        if cfg.device == "cuda":
+            backend, device = "nccl", torch.device("cuda", environment("LOCAL_RANK", 0))
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend, timeout=hours, device_id=device)
+    except Exception as error:
+        raise UserError(f"the ranks cannot meet ({error}); start them by torchrun") from error
 
 
-TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"}
 # What these say of a machine is enough. Any other error is a fault of ours, and is shown whole.
-KNOWN = "out of memory|shared memory|DataLoader worker|already in use|closed by peer|reset by peer"
+KNOWN = (
+    "memory|DataLoader worker|closed by peer|reset by peer|ompiler|open files|ancdata|"
+    "deterministic implementation")
 
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for what it met, 2 for a wrong command, 75
     for a run that was interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    missing = [name for name in TORCHRUN if name not in os.environ]
+    in_process = argv is not None
+    argv = list(argv) if in_process else sys.argv[1:]
+    missing = [name for name in sorted(TORCHRUN) if environment(name, None) is None]
     joins = RANKS > 1 and not dist.is_initialized()
     status = 0
-    with signals_counted() as signals:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(Quiet(sys.stdout)))
+        stack.enter_context(contextlib.redirect_stderr(Quiet(sys.stderr)))
+        signals = stack.enter_context(signals_counted(in_process))
         try:
-            if 0 < len(missing) < len(TORCHRUN):
-                unset = ", ".join(missing)
-                raise CommandError(f"{unset}: not set, but others are: use torchrun, or unset all")
+            if missing and os.environ.keys() & TORCHRUN:
+                names = ", ".join(missing)
+                raise CommandError(f"{names}: is no number; use torchrun, or unset its variables")
             cfg = parse(argv)
+            set_up(cfg)
             if joins:
                 join_ranks(cfg)
             run(cfg, argv, signals)
@@ -2079,19 +2239,17 @@ def main(argv=None):
             status = getattr(error, "status", 1)
             # A loader's error comes with a traceback.
             line = str(error).rpartition("UserError: ")[2]
-            if not isinstance(error, (UserError, OSError, MemoryError)) and line == str(error):
-                line = line.split("\n")[0]
-                if not re.search(KNOWN, line):
+            if not isinstance(error, UserError) and line == str(error):
+                line = f"{type(error).__name__}: {error}".split("\n")[0]
+                if not isinstance(error, (OSError, MemoryError)) and not re.search(KNOWN, line):
                     traceback.print_exc()
             if RANK == 0 or missing or not getattr(error, "is_common", False):
                 kind = "" if status == Interrupted.status else "error: "
                 print(f"hex.py: {kind}{one_line(line)}", file=sys.stderr, flush=True)
-            if joins:
-                os._exit(status)                            # to leave the group waits for peers
-    if joins:
-        dist.destroy_process_group()
+    if joins and status == 0:
+        dist.destroy_process_group()                        # after an error it would wait for peers
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())                # at once: a signal while Python ends would change the status

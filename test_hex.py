@@ -805,7 +805,7 @@ nnclr epoch 3: epoch 1 threshold 0.972901 local 34.2143 std 0.699987 purity 0.07
     0.0752896 purity_coarse 0.240605 chance_coarse 0.243726 rankme 51.2667 knn 14.5833
 nnclr step 4: epoch 1 loss 8.0213 own 2.78624 threshold 0.973772 local 5.34375 empty 0.09375
     clamped 0 hex 8.0213 lr 0.0025
-nnclr step 5: epoch 1 loss 7.97816 own 2.78987 threshold 0.973613 local 4.84375 empty 0.0859375
+nnclr step 5: epoch 1 loss 7.97816 own 2.78988 threshold 0.973613 local 4.84375 empty 0.0859375
     clamped 0 hex 7.97816 lr 0.001875
 nnclr step 6: epoch 1 loss 7.96425 own 2.78113 threshold 0.976433 local 4.89062 empty 0.078125
     clamped 0 hex 7.96425 lr 0.000625
@@ -818,32 +818,32 @@ byol views: 0 2.75429 1 0.819736 2 0.845082 3 2.18524 4 2.28564 5 1.93149 6 2.15
 byol epoch 0: epoch 0 threshold 0.962882 local 35.8036 std 0.513653 purity 0.0780549 chance
     0.0752896 purity_coarse 0.24788 chance_coarse 0.243726 rankme 8.82196 knn 16.6667
 byol step 1: epoch 0 loss 3.77222 own 3.77222 lr 0.000178571
-byol step 2: epoch 0 loss 3.82621 own 3.82621 lr 0.000357143
-byol step 3: epoch 0 loss 3.76082 own 3.76082 lr 0.000535714
-byol step 4: epoch 0 loss 3.50983 own 3.50983 lr 0.000714286
-byol step 5: epoch 0 loss 3.87234 own 3.87234 lr 0.000892857
-byol step 6: epoch 0 loss 3.6988 own 3.6988 lr 0.00107143
-byol step 7: epoch 0 loss 3.72158 own 3.72158 lr 0.00125
-byol epoch 7: epoch 1 threshold 0.943002 local 35.3304 std 0.575492 purity 0.0823856 chance
-    0.0752896 purity_coarse 0.248673 chance_coarse 0.243726 rankme 8.86917 knn 14.5833
-byol step 8: epoch 1 loss 3.88042 own 3.83055 threshold 0.69231 local 3.9375 empty 0.0625 clamped
-    0 hex 3.9303 lr 0.00125
-byol step 9: epoch 1 loss 3.55233 own 3.69079 threshold 0.686069 local 3.4375 empty 0.03125
-    clamped 0 hex 3.41387 lr 0.00118811
-byol step 10: epoch 1 loss 3.77936 own 3.74216 threshold 0.691995 local 3.375 empty 0.125 clamped
-    0 hex 3.81657 lr 0.00101468
-byol step 11: epoch 1 loss 3.4509 own 3.6358 threshold 0.750845 local 3.5 empty 0.125 clamped 0
-    hex 3.26601 lr 0.000764076
-byol step 12: epoch 1 loss 3.58927 own 3.45971 threshold 0.642486 local 3.625 empty 0.09375
-    clamped 0 hex 3.71884 lr 0.000485924
-byol step 13: epoch 1 loss 3.94051 own 3.66539 threshold 0.723959 local 3.375 empty 0.03125
-    clamped 0 hex 4.21563 lr 0.000235319
-byol step 14: epoch 1 loss 3.33526 own 3.45465 threshold 0.720938 local 5.125 empty 0.09375
-    clamped 0 hex 3.21586 lr 6.18945e-05
-byol epoch 14: epoch 2 threshold 0.928351 local 34.4196 std 0.608201 purity 0.0817121 chance
-    0.0752896 purity_coarse 0.250065 chance_coarse 0.243726 rankme 8.83898 knn 14.5833
-byol norms: backbone 57.4375 projector 29.0838 predictor 26.4832 target 86.4059
-byol probe: top1 6.25 top5 35.4167 knn 4.16667 train 78 held_out 12
+byol step 2: epoch 0 loss 3.82666 own 3.82666 lr 0.000357143
+byol step 3: epoch 0 loss 3.76901 own 3.76901 lr 0.000535714
+byol step 4: epoch 0 loss 3.6023 own 3.6023 lr 0.000714286
+byol step 5: epoch 0 loss 3.60932 own 3.60932 lr 0.000892857
+byol step 6: epoch 0 loss 3.81219 own 3.81219 lr 0.00107143
+byol step 7: epoch 0 loss 3.75592 own 3.75592 lr 0.00125
+byol epoch 7: epoch 1 threshold 0.936375 local 34.5893 std 0.579345 purity 0.0774393 chance
+    0.0752896 purity_coarse 0.249097 chance_coarse 0.243726 rankme 8.64192 knn 8.33333
+byol step 8: epoch 1 loss 3.85172 own 3.72341 threshold 0.717763 local 3.5625 empty 0.09375
+    clamped 0 hex 3.98003 lr 0.00125
+byol step 9: epoch 1 loss 3.98001 own 3.71483 threshold 0.683516 local 3.5 empty 0.15625 clamped 0
+    hex 4.24519 lr 0.00118811
+byol step 10: epoch 1 loss 3.64405 own 3.56598 threshold 0.692382 local 3.3125 empty 0.0625
+    clamped 0 hex 3.72212 lr 0.00101468
+byol step 11: epoch 1 loss 3.59793 own 3.75232 threshold 0.741782 local 4.5625 empty 0.125 clamped
+    0 hex 3.44354 lr 0.000764076
+byol step 12: epoch 1 loss 3.87118 own 3.49509 threshold 0.730681 local 3.6875 empty 0.125 clamped
+    0 hex 4.24727 lr 0.000485924
+byol step 13: epoch 1 loss 3.75334 own 3.48299 threshold 0.718719 local 3.25 empty 0.15625 clamped
+    0 hex 4.02369 lr 0.000235319
+byol step 14: epoch 1 loss 3.2903 own 3.68297 threshold 0.737362 local 4.0625 empty 0.1875 clamped
+    0 hex 2.89764 lr 6.18945e-05
+byol epoch 14: epoch 2 threshold 0.929223 local 37.0804 std 0.600155 purity 0.0751264 chance
+    0.0752896 purity_coarse 0.247291 chance_coarse 0.243726 rankme 8.31169 knn 8.33333
+byol norms: backbone 57.5502 projector 28.9585 predictor 26.489 target 86.3184
+byol probe: top1 8.33333 top5 37.5 knn 8.33333 train 78 held_out 12
 """
 
 
