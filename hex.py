@@ -198,7 +198,7 @@ def split(s, negative, threshold, epoch, count_all=False):
     if callable(threshold):
         eps, above = threshold(s, None if count_all else negative, epoch)
     else:
-        is_number = isinstance(threshold, (int, float)) and math.isfinite(threshold)
+        is_number = isinstance(threshold, int | float) and math.isfinite(threshold)
         require(is_number, f"threshold = {threshold!r} is neither a finite number nor a function")
         eps, above = threshold, s > threshold
     return s.new_zeros(()) + eps, negative & above
@@ -811,6 +811,7 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+@cache                                                      # reading the source takes time
 def make_parser():
     def fail(message):
         raise CommandError(message)
@@ -1567,7 +1568,7 @@ def read_log(path, last=math.inf):
 def in_words(figures):
     return ", ".join(
         f"{name} {value:.3g}" for name, value in figures.items()
-        if isinstance(value, (int, float)))
+        if isinstance(value, int | float))
 
 
 def add_to_log(path, *events, mode="a"):
