@@ -161,8 +161,7 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
     if not decoupled:
         total = total + exp(x_p, top)
 
-    loss = total.log() + top - x_p
-    return loss.mean(), statistics_of(eps, size, clamped)
+    return (total.log() + top - x_p).mean(), statistics_of(eps, size, clamped)
 
 
 def exponentials(x, mask, least):
@@ -235,24 +234,18 @@ def local_mask(a, b, threshold=None, epoch=0):
 # === Variants of the loss =========================================================================
 # They are as pure as the loss, and take the same a, b and temperature.
 
-def dcl_of_views(a, b, temperature):
-    """DCL of each view, (2N,): log(sum over its negatives of e^{s/tau}) - s_p/tau."""
-    s, s_p, negative = similarities(a, b, temperature)
-    logits = (s / temperature).where(negative, -math.inf)
-    return logits.logsumexp(1) - s_p / temperature
-
-
 def info_nce(a, b, temperature=0.1):
-    """InfoNCE, or NT-Xent (Chen et al. 2020): all negatives are global. Returns a scalar.
-
-    With the positive in the sum, what is x in DCL is log(1 + e^x).
-    """
-    return -F.logsigmoid(-dcl_of_views(a, b, temperature)).mean()
+    """InfoNCE, or NT-Xent (Chen et al. 2020): all negatives are global. Returns a scalar."""
+    s, s_p, _ = similarities(a, b, temperature)
+    logits = (s / temperature).fill_diagonal_(-math.inf)
+    return (logits.logsumexp(1) - s_p / temperature).mean()
 
 
 def dcl(a, b, temperature=0.1):
     """The decoupled loss (Yeh et al. 2022): InfoNCE without the positive in the sum. A scalar."""
-    return dcl_of_views(a, b, temperature).mean()
+    s, s_p, negative = similarities(a, b, temperature)
+    logits = (s / temperature).where(negative, -math.inf)
+    return (logits.logsumexp(1) - s_p / temperature).mean()
 
 
 def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
@@ -271,8 +264,7 @@ def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
     log_sum = logits.logsumexp(1).where(G.any(1), 0)
 
     constant = (len(s) - 2) * math.e ** (-1 / temperature)
-    loss = (log_sum - s_p / temperature).mean() + constant
-    return loss, statistics_of(eps, size, size > 0)
+    return (log_sum - s_p / temperature).mean() + constant, statistics_of(eps, size, size > 0)
 
 
 class Schedule:
@@ -1166,8 +1158,7 @@ def draw_shapes(count, seed):
     dark = uniform(0, 0.35, 3)
     bright = uniform(0.65, 1, 3)
     swap = uniform(0, 1) < 0.5
-    gradient = uniform(-0.2, 0.2, 3) * axis[::2]
-    ramp = gradient + uniform(-0.05, 0.05, 3, 32)
+    ramp = uniform(-0.2, 0.2, 3) * axis[::2] + uniform(-0.05, 0.05, 3, 32)
     ground = dark.where(swap, bright) + ramp
     picture = torch.lerp(ground, bright.where(swap, dark), inside)
     return Pictures((255 * picture.clamp(0, 1)).byte(), fine, coarse)
@@ -1962,8 +1953,9 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
     if is_live:
         stream = loader(Views(train, cfg, views=1), stream)
 
-    total = cfg.probe_epochs * per_epoch
-    for batch in tqdm(stream, "probe", total, initial=step, disable=RANK > 0, leave=False):
+    for batch in tqdm(
+        stream, "probe", cfg.probe_epochs * per_epoch, initial=step, disable=RANK > 0, leave=False
+    ):
         if is_live:
             x = embed(backbone, cfg, batch)
             y = train.targets[batch.pictures].to(cfg.device)
