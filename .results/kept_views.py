@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""hex.py on a CPU with the augmented batches of pre-training kept in a folder, for other losses on the same
-pictures: a batch is a function of pictures, seed, epoch and augmentation alone. The weights are the same, to
-the last bit; the disk holds 25 kB an image and epoch, at 32 pixels.
+"""hex.py on a CPU, with the augmented batches of pre-training kept in a folder for other losses.
+
+A batch depends on pictures, seed, epoch and augmentation alone, so the weights are the same, to the
+last bit. The disk holds 25 kB for each image and epoch, at 32 pixels.
 
     python .results/kept_views.py FOLDER [options of hex.py] --device cpu
 
-FOLDER: of one set of pictures, since of class folders only the names are compared. No --skip-bad-files.
+FOLDER: of one set of pictures, since of class folders only the names are compared. There must be no
+--skip-bad-files, and no --compile.
 """
-import hashlib
 import os
 import sys
 
@@ -18,42 +19,46 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import hex as hx  # noqa: E402
 
 OF_VIEWS = ("seed", "size", "data", "crop_min", "grayscale", "jitter", "blur", "solarize")
-load, prepare = hx.loader, hx.prepare
+load, augment = hx.loader, hx.augment
 
 
-def kept(views, batches, folder):
-    """What hx.loader gives, but the views are ready: of the folder, or made and put there."""
+def kept(views, lists, folder):
+    """What hx.loader gives, but the crops are augmented views, and there are no changes. They are
+    of the folder, or made and put there."""
     cfg = views.cfg
-    about = [hx.fingerprint(open(hx.__file__, "rb").read(), views.pictures.identity()), torch.__version__,
-             torch.get_num_threads(), *(getattr(cfg, name) for name in OF_VIEWS)]
-    for keys in batches:
-        path = os.path.join(folder, hashlib.sha256(repr((about, keys)).encode()).hexdigest() + ".npy")
-        index = torch.tensor([i for _, i in keys])
+    with open(hx.__file__, "rb") as file:
+        code = hx.digest(file.read())
+    about = [code, views.pictures.digest(), torch.__version__, torch.get_num_threads(),
+             *(getattr(cfg, name) for name in OF_VIEWS)]
+    for keys in lists:
+        path = os.path.join(folder, hx.digest(repr((about, keys)).encode()) + ".npy")
+        pictures = torch.tensor([index for _, index in keys])
         if not os.path.exists(path):
-            crops, parameters, _, used = next(iter(load(views, [keys], 0)))
-            if cfg.device != "cpu" or not used.equal(index):
-                raise hx.UserError("kept_views.py: needs --device cpu and files that can be read")
+            batch = views[keys]
+            if cfg.device != "cpu" or not batch.pictures.equal(pictures):
+                raise hx.UserError("kept_views.py: needs --device cpu, and files that can be read")
             mine = f"{path}.{os.getpid()}"
-            with open(mine, "wb") as file:                              # as it lies in memory: channels last
-                np.save(file, prepare(crops, parameters, cfg).permute(0, 2, 3, 1).numpy())
+            with open(mine, "wb") as file:                  # as it lies in memory: channels last
+                np.save(file, augment(batch, cfg).permute(0, 2, 3, 1).numpy())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(mine, path)
-        yield torch.from_numpy(np.load(path)).permute(0, 3, 1, 2), None, index, index
+        x = torch.from_numpy(np.load(path)).permute(0, 3, 1, 2)
+        yield hx.Batch(x, None, pictures)
 
 
-def loader(views, batches, workers):
-    if views.views == 2 and views.seed == views.cfg.seed:               # of pre-training
-        return kept(views, batches, FOLDER)
-    return load(views, batches, workers)
+def loader(views, lists):
+    if views.views == 2:                                    # of pre-training
+        return kept(views, lists, FOLDER)
+    return load(views, lists)
 
 
-def ready(crops, parameters, cfg, color=True):
-    return crops if parameters is None else prepare(crops, parameters, cfg, color)
+def ready(batch, cfg, color=True):
+    return batch.crops if batch.changes is None else augment(batch, cfg, color)
 
 
 if __name__ == "__main__":
     FOLDER = sys.argv[1]
     os.makedirs(FOLDER, exist_ok=True)
-    hx.loader, hx.prepare = loader, ready
+    hx.loader, hx.augment = loader, ready
     sys.exit(hx.main(sys.argv[2:]))

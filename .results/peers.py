@@ -6,12 +6,13 @@
     python .results/peers.py lars
     python .results/peers.py data --root DIR
 
-loss: clones of github.com/vturrisi/solo-learn, lightly-ai/lightly and olivesgatech/HEX; lightly needs its own
-requirements (torch and torchvision do for its loss). data: any folder of class folders of JPEGs, named by
-its digest in the line. Each run appends lines to performance.jsonl, with every turn's milliseconds; report.py
-makes the table.
+loss: clones of github.com/vturrisi/solo-learn, lightly-ai/lightly and olivesgatech/HEX. lightly
+needs its own requirements; for its loss torch and torchvision do. data: any folder of class folders
+of JPEG files, named by a digest in the line. Each run appends lines to performance.jsonl, with the
+milliseconds of every turn. report.py makes the table.
 """
 import argparse
+import hashlib
 import os
 import random
 import sys
@@ -33,12 +34,14 @@ def keep(part, of, **figures):
     """A line of performance.jsonl, and on the screen."""
     append(PERFORMANCE, [dict(part=part, of=of, **figures, code=code_now(), cpu=cpu(),
                               threads=torch.get_num_threads(), torch=torch.__version__)])
-    short = {name: round(median(each), 2) for values in figures.values() for name, each in values.items()}
+    short = {name: round(median(each), 2)
+             for values in figures.values() for name, each in values.items()}
     print(f"{part}, {of}:", short, flush=True)
 
 
 def race(part, of, repeats, **runners):
-    """Keeps the milliseconds of each in every turn but the first; in a turn, one runs after the other."""
+    """Keeps the milliseconds of each in every turn but the first. In a turn, one runs after the
+    other."""
     spent = {name: [] for name in runners}
     for turn in range(repeats + 1):
         for name, runner in runners.items():
@@ -54,7 +57,8 @@ def peer(clone):
     path = os.path.join(clone, "solo/losses/simclr.py")
     with open(path) as file:
         text = file.read()
-    text = text.replace("from solo.utils.misc import gather, get_rank\n", "").replace("'cuda:0'", "z.device")
+    text = text.replace("from solo.utils.misc import gather, get_rank\n", "")
+    text = text.replace("'cuda:0'", "z.device")
     made = types.ModuleType("peer")
     made.gather, made.get_rank = lambda x: x, lambda: 0
     exec(compile(text, path, "exec"), made.__dict__)
@@ -65,13 +69,15 @@ def pairs(n, width=128):
     """Two views' embeddings, n in all, that are alike."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(n // 2, width, generator=generator)
-    return [(base + 0.7 * torch.randn(n // 2, width, generator=generator)).requires_grad_() for _ in "ab"]
+    views = [base + 0.7 * torch.randn(n // 2, width, generator=generator) for _ in "ab"]
+    return [each.requires_grad_() for each in views]
 
 
 def loss(args):
     sys.path.insert(0, args.lightly)
     from lightly.loss.ntx_ent_loss import NTXentLoss
-    solo, authors = peer(args.solo).simclr_loss_func, peer(args.authors).simclr_loss_func_hex_adaptive
+    solo = peer(args.solo).simclr_loss_func
+    authors = peer(args.authors).simclr_loss_func_hex_adaptive
 
     def compare(n, repeats):
         (a, b), index = pairs(n), torch.arange(n // 2).repeat(2)
@@ -88,11 +94,13 @@ def loss(args):
 def memory(args):
     for n in (512, 4096):
         (a, b), peaks = pairs(n), {}
-        for name, run in (("hex_nce", lambda a, b: hx.hex_nce(a, b)[0]), ("info_nce", hx.info_nce)):
+        losses = dict(hex_nce=lambda a, b: hx.hex_nce(a, b)[0], info_nce=hx.info_nce)
+        for name, run in losses.items():
             with torch.profiler.profile(profile_memory=True) as profile:
                 run(a, b).backward()
             live = peak = 0
-            for event in profile.profiler.kineto_results.events():  # allocations and releases, in time
+            # Allocations and releases, in time.
+            for event in profile.profiler.kineto_results.events():
                 if event.name() == "[memory]":
                     live += event.nbytes()
                     peak = max(peak, live)
@@ -102,39 +110,49 @@ def memory(args):
 
 def lars(args):
     for name in ("resnet18", "resnet50"):
-        params = [torch.nn.Parameter(p.detach()) for p in torchvision.models.get_model(name).parameters()]
+        model = torchvision.models.get_model(name)
+        params = [torch.nn.Parameter(p.detach()) for p in model.parameters()]
         for p in params:
             p.grad = torch.randn_like(p)
         sgd = torch.optim.SGD(params, 1e-4, momentum=0.9, weight_decay=1e-4, foreach=True)
-        race("lars", name, 25, sgd=sgd.step, lars=hx.LARS(params, 1e-4, weight_decay=1e-4).step)
+        lars = hx.LARS(params, 1e-4, weight_decay=1e-4)
+        race("lars", name, 25, sgd=sgd.step, lars=lars.step)
 
 
 def data(args):
-    """Decoding alone; two views of the ImageNet recipe for SimCLR, ours (bicubic crops; the rest waits for
-    the device), and by Pillow as the peers do it."""
-    cfg, _ = hx.parse(["--data", "folder", "--root", args.root, "--device", "cpu"])
+    """Decoding alone; two views of the ImageNet recipe for SimCLR, ours (bicubic crops: the rest
+    waits for the device), and by Pillow as the peers do it."""
+    cfg = hx.parse(["--data", "folder", "--root", args.root, "--device", "cpu"])
     files = hx.Folder(args.root)
     views, mean_std = hx.Views(files, cfg), hx.MEAN_STD["imagenet"]
+    bicubic = transforms.InterpolationMode.BICUBIC
+
+    def blur(picture):
+        return picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
+
     pil = transforms.Compose([
-        transforms.RandomResizedCrop(224, (0.08, 1), interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomResizedCrop(224, (0.08, 1), interpolation=bicubic),
         transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
         transforms.RandomGrayscale(0.2),
-        transforms.RandomApply([lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))], 0.5),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*mean_std)])
+        transforms.RandomApply([blur], 0.5),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize(*mean_std)])
+    paths = [os.path.join(files.root, os.fsdecode(name)) for name in files.files]
 
     def in_pil(i):
-        picture = Image.open(os.path.join(files.root, files.files[i])).convert("RGB")
+        picture = Image.open(paths[i]).convert("RGB")
         return pil(picture), pil(picture)
 
-    def contents(name):
-        with open(os.path.join(files.root, name), "rb") as file:
-            return file.read()
-
-    def all_files(read):                                        # one by one, as a loader process does it
+    def all_files(read):                                        # one by one, as a loader does it
         return lambda: [read(i) for i in range(len(files))]
 
-    of = f"{len(files)} JPEG files ({hx.fingerprint(*map(contents, files.files))[:16]})"
-    race("data", of, 5, decode=all_files(files.read), ours=all_files(lambda i: views[0, i]),
+    named = hashlib.sha256()                                    # as the former hex.py named bytes
+    for path in paths:
+        with open(path, "rb") as file:
+            content = file.read()
+        named.update(len(content).to_bytes(8, "big") + content)
+    of = f"{len(files)} JPEG files ({named.hexdigest()[:16]})"
+    race("data", of, 5, decode=all_files(files.read), ours=all_files(lambda i: views[[(0, i)]]),
          pil=all_files(in_pil))
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, GRAY, PALE = "#222222", "#777777", "#dddddd"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-SCALE = 2                                               # drawn at twice the size, then halved: smooth lines
+SCALE = 2                               # drawn at twice the size, then halved: smooth lines
 
 
 class Picture:
@@ -27,7 +27,8 @@ class Picture:
     def text(self, x, y, text, size=12, color=INK, anchor="lm"):
         """anchor: l, m or r of the text at x, then t (top), m or s (baseline) at y."""
         font = ImageFont.load_default(size * SCALE)
-        self.draw.text((x * SCALE, y * SCALE), text, font=font, fill=color, anchor=anchor.replace("t", "a"))
+        anchor = anchor.replace("t", "a")
+        self.draw.text((x * SCALE, y * SCALE), text, font=font, fill=color, anchor=anchor)
 
     def line(self, points, color=INK, width=2, dashed=False):
         points = [(x * SCALE, y * SCALE) for x, y in points]
@@ -73,7 +74,8 @@ def axis(low, high, start, end):
 
 def panel(picture, box, title, series, x_label="epoch"):
     """A pair of axes in box (left, top, right, bottom). series: [(points, color, dashed), ...]."""
-    series = [([point for point in points if point[1] is not None], *style) for points, *style in series]
+    series = [([point for point in points if point[1] is not None], *style)
+              for points, *style in series]
     xs, ys = ([point[k] for points, *_ in series for point in points] for k in (0, 1))
     left, top, right, bottom = box[0] + 44, box[1] + 24, box[2] - 10, box[3] - 34
     picture.text(left, box[1] + 10, title, 13)
@@ -107,7 +109,8 @@ def legend(picture, x, y, entries):
 
 
 def read_events(path):
-    """The lines of a .jsonl, none if there is no file; a last one that a kill has cut off is left out."""
+    """The lines of a .jsonl, none if there is no file. A last one that a kill has cut off is left
+    out."""
     events = []
     with open(path if os.path.exists(path) else os.devnull) as file:
         for line in file:

@@ -2,18 +2,18 @@
 """The whole study: every run of the table below, then the mechanism. From the top folder:
 
     python .results/study.py --cifar10 DIR --cifar100 DIR --cifar10-other DIR --cifar100-other DIR
-                             [--only PART ...] [--list] [--again N] [--views DIR]
+                             [--only PART ...] [--list] [--jobs N] [--views DIR]
 
-DIR holds train/<class>/* and val/<class>/*; pictures.py makes the other ones. Two runs side by side, one
-thread each; those of the part gpu need one, and more of them fit (--only gpu --jobs 10). Stop it at any time:
-the same command goes on. Each finished run is a line of runs.jsonl, and is not made again by the same hex.py.
-The mechanism is in mechanism.jsonl. report.py makes tables and plots from the two. --views keeps augmented
-batches there, for all losses of a seed (kept_views.py): the same figures in less time, and 7 GB a seed on
-CIFAR.
+DIR holds train/<class>/* and val/<class>/*, made by pictures.py. Two runs are made side by side,
+with one thread each. Those of the part `gpu` need a GPU, and more of them fit (--jobs 10). Stop it
+at any time: the same command goes on. Each finished run is a line of runs.jsonl, and is not made
+again. The mechanism is in mechanism.jsonl. report.py makes tables and plots from the two. --views
+keeps augmented batches in a folder, for all losses of a seed (kept_views.py): the same figures in
+less time, for 7 GB a seed on CIFAR.
 
-Where hex.py has changed since, but should compute the same, `--again N` makes the first N runs of each recipe
-again: if all figures are those of the older lines, that recipe's lines of these arms count on; else all is to
-be made anew (so are the part gpu's: on a GPU no run repeats to the last bit).
+A line names the hex.py that made it, by a digest (`code`). All runs of the study were made by the
+former hex.py, and count for any later one. `--only again` makes four of them again by the hex.py
+that is there now. report.py shows both beside each other, and counts the four in no other table.
 """
 import argparse
 import ctypes
@@ -38,25 +38,27 @@ TOP = os.path.dirname(HERE)
 RUNS, MECHANISM, PERFORMANCE = (os.path.join(HERE, f"{name}.jsonl")
                                 for name in ("runs", "mechanism", "performance"))
 
-# --- The runs -----------------------------------------------------------------------------------------------
-# An arm is a loss with its flags. In a part seeds are outermost: wherever the study stops, what is there is
-# paired. A run that two rows ask for is made once: the first parts are the pair that matters most.
+# --- The runs -------------------------------------------------------------------------------------
+# An arm is a loss with its flags. In a part seeds are outermost: wherever the study stops, what is
+# there is paired. A run that two rows ask for is made once: the first parts are the pair that
+# matters most.
 
 SIX = ("infonce", "dcl", "hex", "hex --decoupled", "hex --tau-plus 0", "released")
 THREE = ("base", "infonce", "hex")
 PAIR = ("infonce", "hex")
-# Is H(i) spared where the debiasing term exceeds the local one? Without that term, and with tau_plus at about
-# H's same-class share at the end: 0.7 on shapes, 0.2 on CIFAR-10; CIFAR-100's is near the default.
+# Is H(i) spared where the debiasing term exceeds the local one? Without that term, and with
+# tau_plus at about H's same-class share at the end: 0.7 on shapes, 0.2 on CIFAR-10. On CIFAR-100
+# that share is near the default.
 SPARED_70 = ("infonce", "hex --tau-plus 0", "hex --tau-plus 0.7", "released")
 SPARED_20 = ("infonce", "hex --tau-plus 0.2")
 SPARED = ("infonce", "hex --tau-plus 0", "released")
 RANDOM, PIXELS = ("random",), ("pixels",)
 STRONG = ("infonce", "hex --quantile 0.9 --beta 4")
-# STRONG hurts on shapes: by which of its two settings, and does debiasing undo it? H's same-class share there
-# is 0.33.
+# STRONG hurts on shapes: by which of its two settings, and does debiasing undo it? H's same-class
+# share there is 0.33.
 KNOBS = (*STRONG, "hex --quantile 0.9", "hex --beta 4",
          *(f"{STRONG[1]} --tau-plus {tau_plus}" for tau_plus in (0, 0.3)))
-GPU = "--recipe cifar --epochs 25 --probe-epochs 40 --device cuda"      # resnet18, autocast with fp16
+GPU = "--recipe cifar --epochs 25 --probe-epochs 40 --device cuda"     # resnet18, fp16
 
 Row = namedtuple("Row", "part data flags arms seeds")
 STUDY = [Row(*row) for row in (
@@ -100,22 +102,53 @@ STUDY = [Row(*row) for row in (
     ("sharp",     "cifar100",        "--temperature 0.05",               PAIR,         3),
     ("gpu",       "cifar100",        GPU,                                PAIR,         5),
 )]
-MAIN = ("pair", "pair-many")                # the main question, hex against infonce, is asked of these
+MAIN = ("pair", "pair-many")                # the main question is asked of these: hex less infonce
 PARTS = [*dict.fromkeys(row.part for row in STUDY), "mechanism"]
 
-# The mechanism: HEX against InfoNCE in all these settings, on models trained so (both of PAIR, seed 0).
+Run = namedtuple("Run", "part data flags arm seed")
+
+# Made again by the hex.py that is there now, if they are asked for.
+AGAIN = [Run("again", *each) for each in (
+    ("shapes", "", "infonce", 0),
+    ("shapes", "", "hex", 0),
+    ("cifar10", "--temperature 0.1", "hex", 0),
+    ("cifar100", "--temperature 0.1", "infonce", 0),
+)]
+
+# The hex.py of the runs, by the `code` in their lines, and its commit. The former hex.py wrote the
+# SHA-256 of its length, in eight bytes, and of its bytes. Later ones write that of the bytes alone:
+# report.py finds their commits in git's history.
+FORMER = "ed0f34e02401a56b8ecca1ccee0e39c7087ef24df9ff65b7171b798103e763b4"
+COMMITS = {
+    FORMER: "f319ae1",                      # the file is the same from commit 6da068d to 3e9d890
+    "11aa95e285e9a6a71750d91927ba9edc9a95f58a24e9a2edf28974aac863fae7": "9f30e00"}
+
+# The mechanism: HEX against InfoNCE in all these settings, on models that were trained so (both of
+# PAIR, seed 0).
 TRAINED = (("shapes", ""), ("cifar10", "--temperature 0.1"), ("cifar100", "--temperature 0.1"))
-SETTINGS = dict(temperature=(0.05, 0.1, 0.2), quantile=(0.9, 0.99), beta=(0, 1, 4), tau_plus=(0, 0.01, 0.1))
+SETTINGS = dict(temperature=(0.05, 0.1, 0.2), quantile=(0.9, 0.99), beta=(0, 1, 4),
+                tau_plus=(0, 0.01, 0.1))
 DIMENSIONS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
-# Of the folders' files, as README.md says: other pictures would be another study.
-DIGESTS = {
-    "cifar10": "73e09c0ca812e1e11c88120b912821751144c84fc3eff5b022df1342f9b97e88",
-    "cifar100": "3cad1578c4c0697b51a4353728f788bb1c61838221c65a4640880828f861cd26",
-    "cifar10-other": "dc05ed8ab5e4564a6642d7bb3c85b36c8d5a5a26bc51a2990841383f93981739",
-    "cifar100-other": "a709406f8237cffb84a85b7c2c2340934f278d0a3c7a93357eacad0544dc8cf3"}
-
-Run = namedtuple("Run", "part data flags arm seed")
+# Of the folders' files: other pictures would be another study. `contents` is of what is in the
+# files alone; `places` is of their paths, too, so of split, class and name. In a shell, in DIR:
+#   find train val -type f -print0 | xargs -0 sha256sum | cut -d' ' -f1 | sort | sha256sum
+#   find train val -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
+Digests = namedtuple("Digests", "contents places")
+DIGESTS = {name: Digests(*each) for name, each in {
+    "cifar10": (
+        "73e09c0ca812e1e11c88120b912821751144c84fc3eff5b022df1342f9b97e88",
+        "239b1d5b82c53dc45bbed46e5b98cb6336810c8dc3ac7b80443a44db8725fbb5"),
+    "cifar100": (
+        "3cad1578c4c0697b51a4353728f788bb1c61838221c65a4640880828f861cd26",
+        "82c7b07871aaed301e8acdc751254190a58f5542e6af7d8aa10268e98a2836f0"),
+    "cifar10-other": (
+        "dc05ed8ab5e4564a6642d7bb3c85b36c8d5a5a26bc51a2990841383f93981739",
+        "00c93b8489fa40dc5eb8102354b40c7d7fae78a7b7ad00a0063f971d33d9508a"),
+    "cifar100-other": (
+        "a709406f8237cffb84a85b7c2c2340934f278d0a3c7a93357eacad0544dc8cf3",
+        "33642261e422046fbe71e54bf76c557384de9fa51893298bd3162192e0c889f7"),
+}.items()}
 
 
 def listed(rows):
@@ -131,12 +164,17 @@ def listed(rows):
     return list(runs.values())
 
 
-def digest(root):
-    """SHA-256 of the sorted SHA-256 of all files, a line each."""
-    found = [os.path.join(folder, name) for split in ("train", "val")
-             for folder, _, names in os.walk(os.path.join(root, split)) for name in names]
-    each = sorted(hashlib.sha256(open(path, "rb").read()).hexdigest() + "\n" for path in found)
-    return hashlib.sha256("".join(each).encode()).hexdigest()
+def digests(root):
+    """Of all files below train/ and val/, as DIGESTS says."""
+    found = {}
+    for split in ("train", "val"):
+        for where, _, names in os.walk(os.path.join(root, split)):
+            for path in (os.path.join(where, name) for name in names):
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, root)] = hashlib.sha256(file.read()).hexdigest()
+    contents = "".join(f"{each}\n" for each in sorted(found.values()))
+    places = "".join(f"{found[name]}  {name}\n" for name in sorted(found))
+    return Digests(*(hashlib.sha256(text.encode()).hexdigest() for text in (contents, places)))
 
 
 def needed_by_mechanism():
@@ -150,17 +188,21 @@ def arguments(run, roots):
     if run.data != "shapes":
         small = [] if run.flags == GPU else ["--recipe", "small"]
         data = ["--data", "folder", *small, "--root", roots[run.data]]
-    arm = {"random": "--epochs 0", "pixels": "--epochs 0 --backbone pixels"}.get(run.arm, "--loss " + run.arm)
-    device = ["--workers", "2"] if run.flags == GPU else ["--workers", "0", "--device", "cpu"]
+    alone = {"random": "--epochs 0", "pixels": "--epochs 0 --backbone pixels"}
+    arm = alone.get(run.arm, "--loss " + run.arm)
+    device = ["--workers", "0", "--device", "cpu"]
+    if run.flags == GPU:
+        device = ["--workers", "2"]
     return [*data, *run.flags.split(), *arm.split(), "--seed", str(run.seed), *device]
 
 
 def folder(run, workdir):
-    name = " ".join([run.data, run.flags, run.arm]).replace("--", "").split()
+    part = "again" if run in AGAIN else ""
+    name = " ".join([part, run.data, run.flags, run.arm]).replace("--", "").split()
     return os.path.join(workdir, "-".join([*name, f"s{run.seed}"]))
 
 
-# --- Lines --------------------------------------------------------------------------------------------------
+# --- Lines ----------------------------------------------------------------------------------------
 
 
 def append(path, lines):
@@ -186,13 +228,14 @@ def kind_of(line):
 
 
 def same_numbers(lines, code):
-    """{(code, recipe, arm)} that count with this code: both made such a run, with every figure equal."""
+    """{(code, recipe, arm)} that count with this code: both made such a run, with equal figures."""
     figures = {}
     for line in lines:
         group = figures.setdefault(kind_of(line), {})
         made = line["config"], line["probe"], line["epochs"]
         if group.setdefault(key(line), made) != made:
-            raise SystemExit(f"runs.jsonl: two lines of {key(line)} by one code differ; take one out")
+            name = " ".join(map(str, key(line)))
+            raise SystemExit(f"runs.jsonl: two lines of {name} by one code differ; take one out")
     same = set()
     for (other, *kind), theirs in figures.items():
         mine = figures.get((code, *kind), {})
@@ -200,6 +243,25 @@ def same_numbers(lines, code):
         if both and all(mine[each] == theirs[each] for each in both):
             same.add((other, *kind))
     return same
+
+
+def of_study(lines, code):
+    """The lines that count, each run once, and those that do not. Those of the part again are in
+    neither. The former hex.py's count, older ones with its figures, and of the runs that these do
+    not have, those by this code."""
+    lines = [line for line in lines if line["part"] != "again"]
+    same = same_numbers(lines, FORMER)
+
+    def rank(line):
+        if line["code"] == FORMER:
+            return 3
+        return 2 if kind_of(line) in same else int(line["code"] == code)
+
+    runs = {}
+    for line in sorted(lines, key=rank):                    # the last one of a run stays
+        if rank(line):
+            runs[key(line)] = line
+    return [*runs.values()], [line for line in lines if not rank(line)]
 
 
 def cpu():
@@ -219,11 +281,13 @@ def machine(config, threads):
 
 
 def rounded(values):
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+    return {name: round(value, 4) if isinstance(value, float) else value
+            for name, value in values.items()}
 
 
 def packed(right, percent, pictures):
-    """Which val pictures were right, a digit each or bits in hexadecimal -> the latter, checked."""
+    """Which val pictures were right: a digit each, or bits in hexadecimal -> these bits, checked.
+    """
     if len(right) != pictures:
         right = "".join(f"{byte:08b}" for byte in bytes.fromhex(right))[:pictures]
     if right.count("1") != round(percent * pictures / 100):
@@ -232,10 +296,16 @@ def packed(right, percent, pictures):
     return int(right.ljust(8 * size, "0"), 2).to_bytes(size, "big").hex()
 
 
+def read_json(out, name):
+    with open(os.path.join(out, name)) as file:
+        return json.load(file)
+
+
 def collect(run, out, seconds, views=False):
-    """A finished run as one line: its settings from config.json, without what is of this machine alone."""
-    about, probe = (json.load(open(os.path.join(out, name))) for name in ("config.json", "probe.json"))
-    local = {"root", "out", "probe", "classes", "label_list", "device", "workers"}
+    """A finished run as one line: its settings from config.json, but for what is of this machine
+    alone."""
+    about, probe = read_json(out, "config.json"), read_json(out, "probe.json")
+    local = {"root", "out", "probe", "device", "workers"}
     config = {name: value for name, value in about["config"].items()
               if name not in local and not (isinstance(value, str) and os.sep in value)}
     metrics = os.path.join(out, "metrics.jsonl")
@@ -244,22 +314,26 @@ def collect(run, out, seconds, views=False):
         if each["event"] != "epoch":
             continue
         figures = {name: value for name, value in each.items() if name != "event"}
-        steps = [step for step in events if step["event"] == "step" and step["epoch"] == each["epoch"] - 1]
-        for name in ("loss", "clamped", "empty"):               # the loss's own figures in that epoch
+        steps = [step for step in events
+                 if step["event"] == "step" and step["epoch"] == each["epoch"] - 1]
+        for name in ("loss", "clamped", "empty"):           # the loss's own figures in that epoch
             values = [step[name] for step in steps if step.get(name) is not None]
             if values:
                 figures["step_" + name] = sum(values) / len(values)
         epochs.append(rounded(figures))
     for name, percent in (("right", "top1"), ("knn_right", "knn")):
         probe[name] = packed(probe[name], probe[percent], probe["val"])
-    kept = ("top1", "top5", "knn", "rate", "holdout", "epochs", "train", "val", "right", "knn_right")
-    return dict(run._asdict(), config=config, code=about["code"], versions=about["versions"],
-                machine=machine(about["config"], about["threads"]),
-                kept_views=views, seconds=seconds and round(seconds),
-                probe={name: probe[name] for name in kept}, epochs=epochs)
+    probe["epochs"] = probe["asked"]["probe_epochs"]
+    kept = ("top1", "top5", "knn", "rate", "holdout", "epochs", "train", "val", "right",
+            "knn_right")
+    versions = {name: about[name] for name in ("python", "torch", "torchvision")}
+    return dict(run._asdict(), config=config, code=about["code"], versions=versions,
+                machine=machine(about["config"], about["threads"]), kept_views=views,
+                seconds=seconds and round(seconds), probe={name: probe[name] for name in kept},
+                epochs=epochs)
 
 
-# --- Making the runs ----------------------------------------------------------------------------------------
+# --- Making the runs ------------------------------------------------------------------------------
 
 
 def hex_module():
@@ -272,7 +346,8 @@ def hex_module():
 def code_now():
     """What hex.py, as it is now, writes into its config.json as `code`."""
     hx = hex_module()
-    return hx.fingerprint(open(hx.__file__, "rb").read())
+    with open(hx.__file__, "rb") as file:
+        return hx.digest(file.read())
 
 
 def start(run, out, roots, views=None):
@@ -283,18 +358,19 @@ def start(run, out, roots, views=None):
     command = [sys.executable, *script, *arguments(run, roots), "--out", out]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     tie = None
-    if sys.platform == "linux":                             # the run stops, too, if this process is killed
+    if sys.platform == "linux":                 # the run stops, too, if this process is killed
         tie = functools.partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM)
     with open(out + ".log", "w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=TOP, env=environment, preexec_fn=tie,
-                                start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=TOP, env=environment,
+                                preexec_fn=tie, start_new_session=True)
 
 
 class Queue:
     """Makes runs, `jobs` at a time, and calls finished(run, out, seconds) after each."""
 
     def __init__(self, workdir, roots, jobs, code, views):
-        self.workdir, self.roots, self.jobs, self.code, self.views = workdir, roots, jobs, code, views
+        self.workdir, self.roots, self.jobs = workdir, roots, jobs
+        self.code, self.views = code, views
         self.stopped = False
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, self.stop)
@@ -306,16 +382,18 @@ class Queue:
 
     def begin(self, run):
         out = folder(run, self.workdir)
-        about = os.path.join(out, "config.json")
-        if os.path.exists(about) and json.load(open(about))["code"] != self.code:
+        begun = os.path.exists(os.path.join(out, "config.json"))
+        if begun and read_json(out, "config.json")["code"] != self.code:
             shutil.rmtree(out)                                  # begun by another hex.py
         resumed = os.path.exists(out)
-        timed = not resumed and (not self.views or run.flags == GPU)
-        return run, out, time.time() if timed else None, start(run, out, self.roots, self.views)
+        views = None if run in AGAIN else self.views
+        timed = not resumed and (not views or run.flags == GPU)
+        return run, out, time.time() if timed else None, start(run, out, self.roots, views)
 
     def __call__(self, runs, finished):
         """Returns the runs that failed three times."""
-        waiting, active, failed, told, tries, count = list(runs), [], [], set(), {}, 0
+        waiting, active, failed = list(runs), [], []
+        told, tries, count = set(), {}, 0
         while active or waiting and not self.stopped:
             while waiting and len(active) < self.jobs and not self.stopped:
                 active.append(self.begin(waiting.pop(0)))
@@ -323,7 +401,7 @@ class Queue:
             if self.stopped:
                 for *_, process in active:
                     if process.poll() is None and process not in told:
-                        process.terminate()                     # once: at a second signal it saves nothing
+                        process.terminate()             # once: at a second signal it saves nothing
                         told.add(process)
             for item in [item for item in active if item[3].poll() is not None]:
                 active.remove(item)
@@ -331,36 +409,43 @@ class Queue:
                 if process.returncode == 0:
                     count += 1
                     line = finished(run, out, began and time.time() - began)
-                    probe, took = line["probe"], f" ({line['seconds']} s)" if line["seconds"] else ""
-                    print(f"{count}/{len(runs)} {' '.join(filter(None, run[1:4]))}, seed {run.seed}: "
+                    probe, name = line["probe"], " ".join(filter(None, run[1:4]))
+                    took = f" ({line['seconds']} s)" if line["seconds"] else ""
+                    print(f"{count}/{len(runs)} {name}, seed {run.seed}: "
                           f"top-1 {probe['top1']:.2f}, k-NN {probe['knn']:.2f}{took}", flush=True)
                 elif not self.stopped:
                     tries[run] = tries.get(run, 0) + 1
                     (waiting if tries[run] < 3 else failed).append(run)
-                    print(f"study.py: status {process.returncode}: {out}.log ends with\n"
-                          + "".join(open(out + ".log").readlines()[-3:]), file=sys.stderr, flush=True)
+                    with open(out + ".log") as log:
+                        end = "".join(log.readlines()[-3:])
+                    print(f"study.py: status {process.returncode}: {out}.log ends with\n{end}",
+                          file=sys.stderr, flush=True)
         return failed
 
 
-# --- The mechanism ------------------------------------------------------------------------------------------
+# --- The mechanism --------------------------------------------------------------------------------
 
 
 def embed_fixed_batch(hx, run, roots, out):
-    """Embeddings and labels of the batch that hex.py logs each epoch's figures of, by its `emergence`."""
+    """Embeddings and labels of the batch of which hex.py logs H at each epoch, by its function
+    `emergence`."""
     import torch
-    cfg, _ = hx.parse(arguments(run, roots))
+    cfg = hx.parse(arguments(run, roots))
     train, val = hx.load_data(cfg)
     model = hx.build_model(cfg)
-    state = torch.load(os.path.join(out, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    path = os.path.join(out, "checkpoint.pt")
+    state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
-    with mock.patch.object(hx, "local_mask", mock.Mock(wraps=hx.local_mask)) as split, torch.no_grad():
+    watched = mock.Mock(wraps=hx.local_mask)
+    with mock.patch.object(hx, "local_mask", watched) as split, torch.no_grad():
         hx.emergence(model.to(cfg.device), cfg, train, val)
     a, b = (each.double().cpu() for each in split.call_args.args[:2])
     return a, b, train.targets[hx.permutation(len(train), "fixed")[:len(a)]]
 
 
 def compare(hx, a, b, labels, temperature, quantile, beta, tau_plus):
-    """What HEX does to InfoNCE on these embeddings, in one setting: by autograd, through hex.py's losses."""
+    """What HEX does to InfoNCE on these embeddings, in one setting: by autograd, through hex.py's
+    losses."""
     import torch
     import torch.nn.functional as F
     threshold = hx.AdaptiveThreshold(quantile)
@@ -378,7 +463,8 @@ def compare(hx, a, b, labels, temperature, quantile, beta, tau_plus):
     for name, loss in losses.items():
         x, y = (each.clone().requires_grad_() for each in (a, b))
         gradients[name] = torch.cat(torch.autograd.grad(loss(x, y), (x, y))).flatten()
-        # tau dl_i / ds_ij is j's share of the anchor's denominator: the cosine matrix stands in as a leaf
+        # tau dl_i / ds_ij is j's share of the anchor's denominator: the cosine matrix stands in as
+        # a leaf.
         leaf = cosine.clone().requires_grad_()
         with mock.patch.object(hx, "similarities", lambda *_, leaf=leaf: (leaf, *rest)):
             share = temperature * len(leaf) * torch.autograd.grad(loss(a, b), leaf)[0]
@@ -390,9 +476,11 @@ def compare(hx, a, b, labels, temperature, quantile, beta, tau_plus):
 
 
 def uniform_thresholds(hx, quantile, points=512, draws=20):
-    """{dimension: threshold of points spread uniformly on the sphere}: normal deviates, mean of 20 draws."""
+    """{dimension: threshold of points spread uniformly on the sphere}: normal deviates, mean of 20
+    draws."""
     import torch
-    generator, threshold, out = torch.Generator().manual_seed(0), hx.AdaptiveThreshold(quantile), {}
+    generator, out = torch.Generator().manual_seed(0), {}
+    threshold = hx.AdaptiveThreshold(quantile)
     for dimension in DIMENSIONS:
         clouds = torch.randn(draws, 2, points // 2, dimension, generator=generator)
         eps = [float(hx.local_mask(*cloud, threshold)[0]) for cloud in clouds]
@@ -403,28 +491,33 @@ def uniform_thresholds(hx, quantile, points=512, draws=20):
 def settings_left(code):
     """{run: settings in which mechanism.jsonl does not have it yet}."""
     there = {(*key(line), *(line[name] for name in SETTINGS)) for line in read_events(MECHANISM)
-             if line["kind"] == "batch" and line["code"] == code}
-    left = {run: [each for each in itertools.product(*SETTINGS.values()) if (*run[1:], *each) not in there]
+             if line["kind"] == "batch" and line["code"] in (FORMER, code)}
+    settings = [*itertools.product(*SETTINGS.values())]
+    left = {run: [each for each in settings if (*run[1:], *each) not in there]
             for run in needed_by_mechanism()}
     return {run: settings for run, settings in left.items() if settings}
 
 
 def mechanism(roots, workdir, code, queue):
-    """Appends what mechanism.jsonl lacks and can be had; ends early if the queue is told to stop."""
+    """Appends what mechanism.jsonl lacks and can be had. It ends early if the queue is told to
+    stop."""
     import torch
     torch.set_num_threads(1)
     hx, lines = hex_module(), read_events(MECHANISM)
+    known = {line["quantile"] for line in lines
+             if line["kind"] == "uniform" and line["code"] in (FORMER, code)}
     for quantile in SETTINGS["quantile"]:
-        if not any(line["kind"] == "uniform" and line["quantile"] == quantile and line["code"] == code
-                   for line in lines):
+        if quantile not in known:
             append(MECHANISM, [dict(kind="uniform", code=code, quantile=quantile, points=512,
                                     thresholds=uniform_thresholds(hx, quantile))])
     for run, settings in settings_left(code).items():
         out = folder(run, workdir)
-        if queue.stopped or run.data not in roots or not os.path.exists(os.path.join(out, "checkpoint.pt")):
+        trained = os.path.exists(os.path.join(out, "checkpoint.pt"))
+        if queue.stopped or run.data not in roots or not trained:
             continue
         a, b, labels = embed_fixed_batch(hx, run, roots, out)
-        about = dict(kind="batch", code=code, data=run.data, flags=run.flags, arm=run.arm, seed=run.seed)
+        about = dict(kind="batch", code=code, data=run.data, flags=run.flags, arm=run.arm,
+                     seed=run.seed)
         lines = []
         for each in settings:
             setting = dict(zip(SETTINGS, each))
@@ -433,40 +526,61 @@ def mechanism(roots, workdir, code, queue):
         print(f"mechanism: {' '.join(filter(None, run[1:4]))}, {len(lines)} settings", flush=True)
 
 
-# --- The command --------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
+
+
+def name_of(run):
+    """What a run is known by; one that is made again has a name of its own."""
+    return run.part == "again", *run[1:]
+
+
+def runs_there(code):
+    """The names of the runs that need not be made: the study's, and by this code those again."""
+    lines = read_events(RUNS)
+    counted, _ = of_study(lines, code)
+    again = [line for line in lines if line["part"] == "again" and line["code"] == code]
+    return {(line["part"] == "again", *key(line)) for line in [*counted, *again]}
+
+
+def check_folders(roots, runs, fail):
+    for name, root in roots.items():
+        if root and any(run.data == name for run in runs):
+            found = digests(root)
+            if found.contents != DIGESTS[name].contents:
+                fail(f"--{name} {root}: other files than the study's; make them by pictures.py, or "
+                     "put their digests into DIGESTS and begin a runs.jsonl of your own")
+            if found != DIGESTS[name]:
+                fail(f"--{name} {root}: the study's files, but under other names or in other "
+                     "classes; make the folder by pictures.py")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Makes the runs of the study that are not there yet.")
+    parser = argparse.ArgumentParser(description="Makes the runs of the study that are not there.")
     for name in DIGESTS:
         parser.add_argument("--" + name, metavar="DIR", help="DIR/{train,val}/<class>/*")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--workdir", default="runs/study", metavar="DIR", help="for the runs [runs/study]")
-    parser.add_argument("--views", metavar="DIR", help="for batches that several runs need [none is kept]")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "again"], metavar="PART",
+                        help=", ".join(PARTS) + "; again, which is made only if it is named")
+    parser.add_argument("--workdir", default="runs/study", metavar="DIR",
+                        help="for the runs [runs/study]")
+    parser.add_argument("--views", metavar="DIR",
+                        help="for batches that several runs need [none is kept]")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side [2]")
-    parser.add_argument("--again", type=int, default=0, metavar="N", help="make N again of each recipe")
-    parser.add_argument("--list", action="store_true", help="print the runs and which are there; do nothing")
+    parser.add_argument("--list", action="store_true",
+                        help="print the runs and which are there; do nothing")
     args = parser.parse_args()
-    if args.again and args.views:
-        parser.error("--again makes runs as hex.py makes them: leave --views out")
     parts, workdir, code = args.only or PARTS, os.path.abspath(args.workdir), code_now()
     runs = listed(row for row in STUDY if row.part in parts)
+    runs += AGAIN if "again" in parts else []
     given = {name: getattr(args, name.replace("-", "_")) for name in DIGESTS}
-    roots = {"shapes": None} | {name: os.path.abspath(root) for name, root in given.items() if root}
-    lines = read_events(RUNS)
-    same = same_numbers(lines, code)
-    there = {key(line) for line in lines if kind_of(line) in same}
-    again = [run for each in ("shapes", "small", "cifar")
-             for run in [run for run in runs if recipe_of(run._asdict()) == each][:args.again]]
-    there -= {run[1:] for run in again} - {key(line) for line in lines if line["code"] == code}
+    roots = {"shapes": None}
+    roots |= {name: os.path.abspath(root) for name, root in given.items() if root}
+    there = runs_there(code)
     if args.list:
         for run in runs:
-            print("there" if run[1:] in there else "     ", *arguments(run, {run.data: run.data}))
+            word = "there" if name_of(run) in there else "     "
+            print(word, *arguments(run, {run.data: run.data}))
         return 0
-    for name, root in roots.items():
-        if root and any(run.data == name for run in runs) and digest(root) != DIGESTS[name]:
-            parser.error(f"--{name} {root}: other files than README.md's; give those, or put "
-                         "their digest into DIGESTS and begin a runs.jsonl of your own")
+    check_folders(roots, runs, parser.error)
     os.makedirs(workdir, exist_ok=True)
     lock = open(RUNS, "a")
     try:
@@ -476,39 +590,38 @@ def main():
     if any(run.flags == GPU for run in runs) and not hex_module().torch.cuda.is_available():
         print("study.py: left out, for want of a GPU: the part gpu", file=sys.stderr)
         runs = [run for run in runs if run.flags != GPU]
-    absent = {run.data for run in runs} - roots.keys()
+    absent = ", ".join(sorted({run.data for run in runs} - roots.keys()))
     if absent:
-        print(f"study.py: left out, for want of its folder: {', '.join(sorted(absent))}", file=sys.stderr)
+        print(f"study.py: left out, for want of its folder: {absent}", file=sys.stderr)
     paths = [TOP, workdir, *filter(None, roots.values())]
-    keep = {run[1:] for run in needed_by_mechanism()}
+    keep = {name_of(run) for run in needed_by_mechanism()}
 
     def finished(run, out, seconds):
-        line = collect(run, out, seconds, bool(args.views) and run.flags != GPU)
+        kept = bool(args.views) and run.flags != GPU and run not in AGAIN
+        line = collect(run, out, seconds, kept)
         if line["code"] != code:
-            raise SystemExit("study.py: hex.py has changed since the study began; give the command again")
+            raise SystemExit("study.py: hex.py has changed since the study began; give the command "
+                             "again")
         if any(path in json.dumps(line) for path in paths):
             raise SystemExit(f"study.py: a path of this machine would be in the line of {out}")
-        if run[1:] not in there:
+        if name_of(run) not in there:
             append(RUNS, [line])
-            there.add(run[1:])
+            there.add(name_of(run))
         tidy(run, out)
         return line
 
     def tidy(run, out):
         checkpoint = os.path.join(out, "checkpoint.pt")
-        if run[1:] not in keep and os.path.exists(checkpoint):
+        if name_of(run) not in keep and os.path.exists(checkpoint):
             os.remove(checkpoint)
 
     for run in runs:
-        if run[1:] in there:
+        if name_of(run) in there:
             tidy(run, folder(run, workdir))
-    queue = Queue(workdir, roots, args.jobs, code, args.views and os.path.abspath(args.views))
-    failed = queue([run for run in again or runs if run.data in roots and run[1:] not in there], finished)
-    if again:
-        same = same_numbers(read_events(RUNS), code)
-        for each, *kind in sorted(same):
-            print("study.py: the same figures:", each[:16], *kind)
-        return 75 if queue.stopped else 1 if failed else 0
+    views = args.views and os.path.abspath(args.views)
+    queue = Queue(workdir, roots, args.jobs, code, views)
+    left = [run for run in runs if run.data in roots and name_of(run) not in there]
+    failed = queue(left, finished)
     if "mechanism" in parts and not queue.stopped:
         lost = [run for run in settings_left(code) if run.data in roots
                 and not os.path.exists(os.path.join(folder(run, workdir), "checkpoint.pt"))]

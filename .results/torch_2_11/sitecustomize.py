@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""PyTorch 2.11 under hex.py: the two names of 2.14 that it lacks.
+"""PyTorch 2.11 under the former hex.py (commit f319ae1): the two names of 2.14 that it lacks.
 
     PYTHONPATH=.results/torch_2_11 python hex.py ...
 """
