@@ -2,7 +2,7 @@
 """HEX: Hierarchical Emergence Exploitation in Self-Supervised Algorithms, in one file.
 
 The paper is by Kokilepersaud, Kim, Prabhushankar and AlRegib (WACV 2025, arXiv 2410.23200). This
-is not the authors' code. It is a reconstruction: the full text of the paper could not be had.
+is not the authors' code. It is a reconstruction, as the full text of the paper was not available.
 
 InfoNCE pulls the two views of an image together, and pushes all other images of the batch away,
 all alike. But training makes some of them look like the anchor, and they often share its meaning.
@@ -11,8 +11,9 @@ HEX therefore splits the other images, the anchor's negatives, at a threshold ep
     G(i), the global negatives, are not above eps. They are treated as in InfoNCE.
     H(i), the local negatives (the neighbors), are above eps. The nearest are pushed hardest.
 
-For N images with two views each there are 2N normalized embeddings z. Here tau is the temperature,
-s_ij = z_i . z_j is the cosine similarity, and p is the other view of image i:
+For N images with two views each there are 2N normalized embeddings z. Below, i and j run over
+these 2N embeddings, p is the other view of the image of i, s_ij = z_i . z_j is the cosine
+similarity, and tau is the temperature. The loss is the mean of loss_i over all i:
 
     eps      = mean over i of the q-quantile of s_ij over all negatives j of i         (q = 0.99)
     loss_i   = log(positive + global + max(local, floor)) - s_ip/tau
@@ -24,22 +25,29 @@ s_ij = z_i . z_j is the cosine similarity, and p is the other view of image i:
 
 The subtraction in `local` assumes that a share tau_plus of the neighbors has the anchor's own
 class (debiasing). No gradient passes through eps, H, Q or the floor. Limiting cases: with
-beta = tau_plus = 0, or where H(i) is empty, a row is InfoNCE's; at the floor, neighbors are left in
-peace. With N = 256 images and q = 0.99, |H(i)| is about 5 of 510 negatives.
+beta = tau_plus = 0, or where H(i) is empty, loss_i is that of InfoNCE. Where the floor is reached,
+the neighbors get no gradient. With N = 256 and q = 0.99, |H(i)| is about 5 of 510 negatives.
 
-What is known, and how. From the paper's abstract and figure: the split, a weighted local term, a
-threshold that falls in training. From the authors' code alone: the mean of quantiles, the fixed
-schedules, the warm-up, beta, tau_plus, the floor, the recipes. Inferred here: that Q is the
-weighting of Robinson et al. (ICLR 2021), that |H(i)| stands for their N, that the quantile runs
-over negatives alone, and that the positive is part of the sum (--decoupled leaves it out).
+How each part is known:
 
-HEX joins any method that gives pairs of embeddings (a, b), as
+    From the paper's abstract and its figure: the split; a local term that is weighted; a threshold
+    that falls in training.
+    From the authors' code alone: the mean of quantiles, the fixed schedules, the warm-up, beta,
+    tau_plus, the floor, the recipes.
+    Inferred here: that Q is the weighting of Robinson et al. (ICLR 2021), that |H(i)| stands for
+    their N, that the quantile runs over the negatives alone, and that the positive is part of the
+    sum (--decoupled leaves it out).
+
+The authors' public code does not train on its local term: there it is a constant outside of the
+logarithm. The function `released` reproduces that. The formula above is what we believe is meant.
+
+HEX can be added to any self-supervised method that gives pairs of embeddings (a, b):
     loss = (1 - alpha) own + alpha scale (mean over the pairs of the loss above)
 
     python hex.py                                                   minutes on a CPU
     python hex.py --data cifar10 --root DIR --recipe small          one GPU, or minutes on a CPU
     torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR   paper scale
-    python hex.py --data folder --root DIR --recipe small           your own unlabelled pictures
+    python hex.py --data folder --root DIR --recipe small           your own unlabeled pictures
 
 The sections, from what stands alone to what uses all: the loss, its variants, many processes,
 methods, settings, backbones, data and views, optimizer, training, evaluation, the command.
@@ -93,6 +101,7 @@ def similarities(a, b, temperature):
 
     Returns s (2N, 2N), the cosine similarity of all views; s_p (2N,), that of each view and the
     other view of its image; negative (2N, 2N), true where two views are of different images.
+    ValueError: shapes that differ, N < 2, a temperature that is not above 0 and finite.
     """
     require(
         a.ndim == 2 and a.shape == b.shape,
@@ -101,9 +110,9 @@ def similarities(a, b, temperature):
     require(N > 1, f"N = {N}: a contrastive loss needs 2 images, or there are no negatives")
     require(0 < temperature < math.inf, f"temperature = {temperature} must be above 0, and finite")
 
-    # Embeddings are scaled to length 1, in float32 or better. One of length 0 stays as it is. One
-    # that is too long for its dtype becomes NaN, as 0 times its length is: else it would become 0,
-    # and the loss look sound.
+    # Scale the embeddings to length 1, in float32 or better. One that is shorter than 1e-12 stays
+    # as it is. If a length overflows to infinity, z / length would be 0, and the loss would look
+    # sound: adding 0 * length makes it NaN instead.
     z = torch.cat([a, b])
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     length = z.norm(dim=1, keepdim=True)
@@ -119,13 +128,16 @@ def similarities(a, b, temperature):
 
 def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
             decoupled=False, epoch=0):
-    """The HEX loss of N images. a, b: (N, D), their two views, row-aligned, of any length.
+    """The HEX loss of N images. a, b: (N, D), the embeddings of their two views. Row i of each is
+    of image i. They need not be normalized.
 
-    threshold: AdaptiveThreshold() if None, another of these classes, or a number, above which a
-    cosine is local. decoupled: leave the positive out of the sum. epoch: for scheduled thresholds.
+    temperature: tau, above 0. threshold: an AdaptiveThreshold (the default), StepThreshold,
+    CosineThreshold or OracleHierarchy, or a number: a negative is local if its cosine is above it.
+    beta: from 0 to 1e6. tau_plus: at least 0 and below 1. decoupled: leave the positive out of the
+    sum. epoch: from 0, for thresholds that follow a schedule.
     Returns the mean loss (a scalar, in float32 or better) and its statistics (see statistics_of).
-    ValueError: temperature <= 0, beta outside [0, 1e6], tau_plus outside [0, 1), a threshold that
-    is not finite, N < 2, shapes that differ.
+    ValueError: an argument outside its range, a threshold that is neither a finite number nor a
+    function, N < 2, shapes that differ.
     """
     require(0 <= beta <= 1e6, f"beta = {beta} must be in [0, 1e6]")
     require(0 <= tau_plus < 1, f"tau_plus = {tau_plus} must be in [0, 1)")
@@ -136,38 +148,46 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
     eps, H = split(s, negative, threshold, epoch)
     size = H.sum(1).to(s.dtype)                             # |H(i)|
 
-    # e^{s/tau} may overflow, so it is kept as e^{x - top}, with a top that is known.
+    # e^{s/tau} may overflow. So a sum of such terms is kept as a pair: the sum of e^{x - top}, and
+    # its largest exponent, top.
     x, x_p, least = s / tau, s_p / tau, -1 / tau
-    del s                                                   # it is large
+    del s                                                   # the matrix is large
 
     def exp(x, top):
-        # What exceeds e^80 is not part of a sum: it only tells that a row is at its floor.
+        # Only in a row that is at its floor can x - top exceed 80. The result is not used there,
+        # and the limit keeps it finite.
         return (x - top).clamp(max=80).exp()
 
-    # The local term for each neighbor, a mean: the nearest weigh most, and a share is taken away.
+    # Here `local` is the formula's local term divided by |H(i)|: a weighted mean over H(i), less
+    # the share tau_plus of the positive. This Q is proportional to the formula's, as the mean
+    # divides by its sum. The largest Q of a row is 1, so that the sum is at least 1, or 0 if H(i)
+    # is empty.
     near, top_near = exponentials(x, H, least)
     Q = (near.detach() ** beta).masked_fill_(~H, 0)
-    local = (Q * near).sum(1) / Q.sum(1).clamp(min=1)       # the sum of Q is 0, or at least 1
+    local = (Q * near).sum(1) / Q.sum(1).clamp(min=1)
     local = (local - tau_plus * exp(x_p, top_near)) / (1 - tau_plus)
     clamped = local.detach() < exp(least, top_near)
 
-    # The other negatives are global. All terms are brought to one top, the largest of the sum.
+    # The other negatives are global. From here on, all is in units of e^top, where top is the
+    # largest exponent of the whole sum. In a row that is at its floor, H(i) adds e^least to it.
     far, top_far = exponentials(x, negative & ~H, least)
     top = torch.maximum(top_far, top_near.masked_fill(clamped, least))
     if not decoupled:
         top = torch.maximum(top, x_p.detach())
+
+    # The whole sum: global + |H| max(local, floor) + positive.
     total = far.sum(1) * exp(top_far, top)
     total = total + size * torch.maximum(local * exp(top_near, top), exp(least, top))
     if not decoupled:
         total = total + exp(x_p, top)
-
     return (total.log() + top - x_p).mean(), statistics_of(eps, size, clamped)
 
 
 def exponentials(x, mask, least):
-    """e^{x - top} where the mask is true, else (nearly) 0; and top (2N,), the largest x there.
+    """Returns e^{x - top} (2N, 2N), and top (2N,), the largest x of a row where the mask is true.
 
-    Elsewhere it is at most e^{-40}, which is below the rounding of the sum, and faster than 0.
+    Where the mask is false, the result is at most e^{-40}, which is too small to change a sum. An
+    exact 0 would take longer, as e^{-infinity} is slow on a CPU. least: a lower bound of x.
     """
     e = x.where(mask, least - 40)
     top = e.detach().amax(1).clamp(min=least)
@@ -175,10 +195,10 @@ def exponentials(x, mask, least):
 
 
 def statistics_of(eps, size, clamped):
-    """What the log says: detached scalars.
+    """The statistics of a loss, for the log. size: |H|, (2N,). clamped: (2N,), bool.
 
-    threshold: eps. local: the mean |H|. empty: the share of anchors whose H is empty. clamped: of
-    the other anchors, the share whose local term is at its floor.
+    Returns detached scalars. threshold: eps. local: the mean |H|. empty: the share of anchors whose
+    H is empty. clamped: of the other anchors, the share whose local term is at its floor.
     """
     some = size.sign()                                      # 1 where H is not empty, else 0
     at_floor = (some * clamped).sum() / some.sum().clamp(min=1)
@@ -187,7 +207,8 @@ def statistics_of(eps, size, clamped):
 
 @torch.no_grad
 def split(s, negative, threshold, epoch, count_all=False):
-    """Returns eps (a scalar) and H (2N, 2N): which negatives are above it.
+    """Returns eps (a scalar, for the log), and H (2N, 2N): the negatives that the threshold calls
+    local. s: the similarities, (2N, 2N).
 
     count_all: eps is a quantile of all similarities, not of those with negatives alone.
     ValueError: the threshold is neither a finite number nor a function (see AdaptiveThreshold).
@@ -205,9 +226,11 @@ def split(s, negative, threshold, epoch, count_all=False):
 
 @dataclass
 class AdaptiveThreshold:
-    """Local is what lies above the mean over all views of the quantile of a view's similarities.
+    """A negative is local if its similarity is above eps, which is the mean over all views of the
+    quantile of a view's similarities.
 
-    quantile: in (0, 1). It is an order statistic: of k sorted entries, the one at round(q (k - 1)).
+    quantile: q, between 0 and 1. It is not interpolated: of k sorted entries, it is the one at
+    round(q (k - 1)).
     """
     quantile: float = 0.99
 
@@ -215,7 +238,8 @@ class AdaptiveThreshold:
         require(0 < self.quantile < 1, f"quantile = {self.quantile} must lie between 0 and 1")
 
     def __call__(self, s, counted, epoch):
-        """s (2N, 2N). counted: the negatives, or None for all entries. Returns eps, s > eps."""
+        """s: (2N, 2N). counted: the entries that the quantile runs over, which are the negatives,
+        or None for all. Returns eps, and where s is above it."""
         k = len(s)
         if counted is not None:
             k -= 2                                          # the view itself, and its positive
@@ -251,9 +275,9 @@ def dcl(a, b, temperature=0.1):
 def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
     """What the authors' public code computes: DCL of the global negatives, and a constant.
 
-    Its local term carries no gradient and stands outside of the logarithm, and its quantile counts
-    the anchor itself and its positive, too. Returns a scalar and statistics.
-    """
+    Its local term is always at its floor, for all 2N - 2 negatives, and outside of the logarithm.
+    So it carries no gradient. Its quantile counts the anchor itself and its positive, too. Returns
+    a scalar and statistics, as hex_nce. Of them, `clamped` is 1. """
     s, s_p, negative = similarities(a, b, temperature)
     eps, H = split(s, negative, threshold, epoch, count_all=True)
     G = negative & ~H
@@ -268,8 +292,9 @@ def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
 
 
 class Schedule:
-    """Local is what lies above at(epoch) when each row is rescaled to 0 for its least entry and 1
-    for the anchor itself (the authors' code)."""
+    """A threshold that depends on the epoch alone (the authors' code). Each row of similarities is
+    rescaled, so that its smallest entry is 0 and the anchor itself is 1. Local is what is then
+    above self.at(epoch)."""
 
     def __call__(self, s, counted, epoch):
         eps = self.at(epoch)
@@ -316,7 +341,7 @@ class OracleHierarchy:
 
 
 # === Many processes ===============================================================================
-# Only this section talks to other processes. Without torchrun all of it does nothing.
+# The functions through which the ranks talk to each other. With one process they do nothing.
 
 def environment(name, default):
     """A number that torchrun or Slurm has set, or the default."""
@@ -334,7 +359,8 @@ def gather(x):
     Only this rank's own rows carry a gradient. So where every rank computes the same loss of all
     rows, the sum over the ranks of their gradients is the gradient of that loss. (A wrapper that
     takes the mean instead, such as DistributedDataParallel, needs the loss times the ranks.)
-    ValueError: the ranks have different shapes.
+    ValueError: the ranks have different shapes. This is looked at once for each shape, as it takes
+    time.
     """
     if not dist.is_initialized():
         return x
@@ -377,7 +403,9 @@ def agree(content, what):
 
 
 def on_first_rank(task):
-    """Rank 0 does the task. All ranks wait for it, and return its result or raise an error."""
+    """Rank 0 does the task. All ranks wait for it, and return its result. If it fails, rank 0
+    raises its error, and the others raise a CommandError, about which they stay silent (see
+    main)."""
     outcome = None
     if RANK == 0:
         try:
@@ -391,17 +419,18 @@ def on_first_rank(task):
 
 
 # === Methods and the wrapper ======================================================================
-# A method changes its state in after_step alone. Its losses are pure functions of all N images.
+# Apart from BatchNorm's statistics, a method changes its state in after_step alone. Its loss is a
+# pure function of all N images.
 
 class Method(nn.Module):
     """The base of all methods: a backbone and a projector, and where a method has them a predictor
     and a target.
 
     A method has these class attributes: `settings`, its hyperparameters with the values of its
-    paper, of which others can be given; and the layers of its heads, in words (see mlp). It has
-    forward, which is the heavy part, and loss(*embeddings), which gives its own loss (a scalar) and
-    the row-aligned pairs [(a, b), ...] of embeddings (N, dim) that HEX can work on. alpha, and
-    scale if there is one, are the weights of these pairs (see HEX).
+    paper, which the constructor can override; projector_layers and predictor_layers, the layers of
+    its heads (see mlp); and alpha, and scale if there is one, the weights of HEX (see HEX).
+    It has forward, which is the heavy part, and loss(*embeddings), which returns its own loss (a
+    scalar) and the pairs [(a, b), ...] of embeddings (N, dim) that HEX can work on.
     backbone: (B, 3, S, S) -> (B, width). norm: a function of the width, such as nn.BatchNorm1d.
     With the setting ema there is a target, a copy of backbone and projector that follows them, and
     whose momentum rises from ema to 1. Its BatchNorm statistics are its own. With the setting queue
@@ -418,8 +447,8 @@ class Method(nn.Module):
         self.projector = mlp(self.projector_layers, width, norm, settings)
         self.predictor = mlp(self.predictor_layers, settings["dim"], norm, settings)
         if "ema" in settings:
-            self.target = copy.deepcopy(nn.Sequential(backbone, self.projector))
-            self.target.requires_grad_(False)
+            self.target = copy.deepcopy(
+                nn.Sequential(backbone, self.projector)).requires_grad_(False)
         if "queue" in settings:
             queue = torch.randn(settings["queue"], settings["dim"])
             self.register_buffer("queue", F.normalize(queue))
@@ -439,18 +468,19 @@ class Method(nn.Module):
     @torch.no_grad
     def after_step(self, done, outputs):
         """To be called after each optimizer step. done: the share of the run, from 0 to 1.
-        outputs: what forward gave for each loss of the step, with the rows of all ranks."""
+        outputs: what forward returned for each loss of the step, detached. Where it matters, as for
+        a queue, they have the rows of all ranks."""
         if "ema" in self.settings:
             share = (1 - self.settings["ema"]) * half_cosine(done)
-            # The target's are as many as those that come first: of the backbone and the projector.
+            # Both begin with the backbone and the projector, and zip ends with the target's.
             for old, new in zip(self.target.parameters(), self.parameters()):
                 old.lerp_(new, share)
 
 
 def mlp(layers, fan_in, norm, widths):
-    """A head, with a ReLU between its layers. layers: in words. Each is a Linear, which is told by
-    the name of its width; +norm puts a norm behind it, and +plain_norm one without weights. A
-    Linear before a norm has no bias."""
+    """A head, with a ReLU between its layers. layers: for example "hidden+norm dim". Each word is a
+    Linear, whose output width is widths[word]. "+norm" puts a norm behind it, "+plain_norm" a norm
+    without weights. A Linear before a norm has no bias."""
     modules = []
     for layer in layers.split():
         name, _, kind = layer.partition("+")
@@ -556,7 +586,8 @@ class BarlowTwins(Method):
 
 
 class VICReg(BarlowTwins):
-    """Bardes et al. 2022, summed over both views (the official code halves the variance)."""
+    """Bardes et al. 2022, with the heads of Barlow Twins. The terms of both views are added up (the
+    official code halves that of the variance). scale: as in the code of HEX's authors."""
     scale = 5.0
 
     def loss(self, z1, z2):
@@ -579,12 +610,11 @@ LOSSES = dict(base=None, infonce=info_nce, dcl=dcl, hex=hex_nce, released=releas
 class HEX(nn.Module):
     """The wrapper: loss = (1 - alpha) own + alpha scale (mean over the pairs of LOSSES[loss]).
 
-    method: a Method, or any module with its forward and loss; after_step is optional. alpha and
-    scale are by default the method's, or 0.1 and 1. With alpha = 1 the own loss has no part, and
-    with the loss "base" it stands alone. For `warmup` epochs it stands alone, too, or if there is a
-    warmup_threshold, H is what lies above that. of_hex: more options of hex_nce.
-    ValueError: an unknown loss, a forward that gives a bare tensor, a method that gives no pairs.
-    """
+    method: a Method, or any module with its forward and loss. alpha and scale are by default the
+    method's, or 0.1 and 1. With alpha = 1 the own loss is not used. With the loss "base" it alone
+    is used, and so it is in the first `warmup` epochs. But if a warmup_threshold is given, these
+    epochs have the whole loss with that threshold. of_hex: more options of hex_nce. ValueError: an
+    unknown loss, a forward that returns a bare tensor, a method that gives no pairs. """
     def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1,
                  threshold=None, warmup=0, warmup_threshold=None, **of_hex):
         super().__init__()
@@ -640,8 +670,8 @@ class HEX(nn.Module):
                     stats[key] = sum(each[key] for each in more) / len(pairs)
                 stats[self.name] = mean.detach()
 
-        # An embedding that is not part of the loss still gets a gradient, of 0: DDP waits for it.
-        # Where its square overflows the loss becomes NaN, since a norm of it would not be sound.
+        # Each embedding gets a gradient, be it 0, since DistributedDataParallel waits for all.
+        # Where the squares overflow, 0 times infinity makes the loss NaN: no norm of them is sound.
         for e in embeddings:
             loss = loss + 0 * e.square().sum()
         return loss, stats
@@ -650,7 +680,7 @@ class HEX(nn.Module):
 # === Settings =====================================================================================
 # Each field is an option: batch_size is --batch-size. The comment behind it is its help. Its type
 # is a function that reads and checks the text, a list of such functions, one for each number, or
-# a string of choices. Where the default is None, the recipe or the method has one.
+# a string of choices. A default of None is replaced in `parse`, or means that nothing is given.
 # ruff: noqa: F722
 
 class UserError(Exception):
@@ -659,7 +689,7 @@ class UserError(Exception):
 
 
 class CommandError(UserError):
-    """The command itself is wrong. All ranks raise it, and one of them says so."""
+    """The command itself is wrong. All ranks find that, and rank 0 says so."""
     status = 2
 
 
@@ -688,7 +718,8 @@ Share, Weight, Rate = within(0.0, 1.0), within(0.0, 1e6), within(1e-9, 1e6)
 
 @dataclass(eq=False)
 class Experiment:
-    """The settings that a result depends on. With the data, they are what a run's folder is of."""
+    """The settings that a result depends on. Together with the data they identify an experiment, of
+    which a run's folder holds one."""
     data: "shapes cifar10 cifar100 imagenet folder" = "shapes"  # to train on
     method: " ".join(METHODS) = "simclr"  # the SSL method
     loss: " ".join(LOSSES) = "hex"  # base: the method's own, alone
@@ -733,29 +764,29 @@ class Experiment:
     lr_warmup: Count = None  # epochs of linear rise
     weight_decay: Weight = 1e-4  # L2, not on biases and norms
     eta: Rate = 0.02  # trust coefficient of LARS
-    clip: bool = True  # LARS only lowers rates
+    clip: bool = True  # LARS lowers the rate of a layer, but never raises it
     amp: "off bf16 fp16" = None  # autocast; off on a CPU, fp16 on a GPU
 
 
 @dataclass(eq=False)
 class Config(Experiment):
     """With the settings that only concern how it is run, and how it is evaluated."""
-    recipe: "shapes small cifar imagenet" = None  # defaults of the above; by data
+    recipe: "shapes small cifar imagenet" = None  # source of defaults; chosen by the data
     root: path = None  # DIR/{train,val}/<class>/*, pictures anywhere below, or CIFAR's archive
-    out: path = None  # where results go; runs/<data>-<method>-<loss>-s<seed>
+    out: path = None  # folder for results; by default runs/<data>-<method>-<loss>-s<seed>
     skip_bad_files: bool = False  # replace an unreadable file by the next, and say so
     probe_epochs: Positive = 100  # epochs of the linear probe
     label_fraction: Share = 1.0  # share of the train labels it sees, class-balanced
     device: "cpu cuda" = None  # cuda where there is one
-    workers: within(0, 256) = None  # loader processes a rank
+    workers: within(0, 256) = None  # loader processes for each rank
     compile: bool = False  # torch.compile the method, the augmentation and the loss
     deterministic: bool = False  # on a GPU, the same bytes again; slower
     checkpoint_every: Positive = None  # steps between checkpoints, beside each epoch's
     log_every: Positive = 10  # steps between lines of metrics.jsonl
 
 
-# A recipe is some lines of options, for all methods or for one. Of two lines the later one counts.
-# The README names the sources.
+# A recipe is some lines of options, for all methods or for one. If an option stands in two lines,
+# the later one counts. The README names the sources.
 RECIPES = """
 shapes: --backbone resnet10_narrow --epochs 12 --batch-size 128 --lr 1.0 --no-clip --amp off
 shapes: --hidden 256 --dim 64 --temperature 0.2
@@ -829,15 +860,15 @@ def make_parser():
 def parse(argv):
     """Returns the Config of a command line. CommandError: it is wrong.
 
-    Of each setting the last counts that is said: by the field above, by the method's class or what
-    follows from other settings, by the recipe, by the recipe for the method, by the run whose
-    backbone is probed, by the command line.
+    A setting can come from several places, of which the later overrides the earlier: the default of
+    its field; the method's class, or what is computed below; the recipe; the recipe's lines for the
+    method; the run whose backbone is probed; the command line.
     """
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     argv = [*options_of_run(given), *argv]
 
-    # The command line and the data choose the recipe, and with it all that is said.
+    # The command line gives the data and the method, and they choose the recipe's lines.
     cfg = Config(device="cuda" if torch.cuda.is_available() else "cpu")
     parser.parse_args(argv, cfg)
     by_data = dict(cifar10="cifar", cifar100="cifar", folder="imagenet")
@@ -846,8 +877,9 @@ def parse(argv):
     argv = [*" ".join(lines).split(), *argv]
     parser.parse_args(argv, cfg)
 
-    # What follows from it. In short runs, the warm-ups take a tenth of the epochs. On a CPU,
-    # pictures that are in memory are cropped fastest by the run itself.
+    # Now the defaults that depend on the method, the epochs or the machine. In short runs, a
+    # warm-up takes a tenth of the epochs. On a CPU, pictures in memory are cropped fastest by this
+    # process.
     method = METHODS[cfg.method]
     tenth = math.ceil(cfg.epochs / 10)
     on_gpu = cfg.device == "cuda"
@@ -858,7 +890,7 @@ def parse(argv):
         lr_warmup=max(0, min(10, tenth, cfg.epochs - 1)),
         amp="fp16" if on_gpu else "off",
         workers=min(12, cores // 2) if on_gpu or has_files(cfg) else 0)
-    parser.parse_args(argv, cfg)                            # what was said counts more
+    parser.parse_args(argv, cfg)                            # what is given overrides them
     check(cfg, given)
     return cfg
 
@@ -884,7 +916,8 @@ def options_of_run(given):
             "give --backbone, --size, --norm and --data") from error
 
 
-# Where a setting is one of these, those options would have no effect, and are refused.
+# A line is: setting value|value: options. If the setting has one of these values, the options would
+# have no effect, and are refused. The value /.* stands for any path.
 IDLE = """
 loss base: alpha hex_warmup
 loss base|infonce|dcl: threshold quantile drop drop_every warmup_threshold
@@ -916,7 +949,7 @@ def check(cfg, given):
         f"--root {cfg.root}: is no folder; --data {cfg.data} needs --root DIR":
             has_files(cfg) and not os.path.isdir(cfg.root or ""),
         f"--batch-size {cfg.batch_size}: give a multiple of {RANKS}, the ranks":
-            cfg.accumulate % RANKS and cfg.batch_size % RANKS,
+            cfg.accumulate % RANKS and cfg.batch_size % RANKS and not cfg.probe,
         f"--hex-warmup {cfg.hex_warmup}: leaves no epoch; give --hex-warmup {cfg.epochs - 1}":
             0 < cfg.epochs <= cfg.hex_warmup,
         f"--threshold oracle: {cfg.data} has no super-classes; give --data shapes or cifar100":
@@ -929,8 +962,6 @@ def check(cfg, given):
             any(ranks) and not all(map(str.isdecimal, ranks)),
         "srun has started more than one task: let it start torchrun, as the README says":
             environment("SLURM_STEP_NUM_TASKS", 1) > 1 and "RANK" not in os.environ,
-        "--backbone pixels: has no weights to train; add --epochs 0":
-            cfg.backbone == "pixels" and cfg.epochs and not cfg.probe,
     }
     for message, is_so in wrong.items():
         if is_so:
@@ -938,7 +969,7 @@ def check(cfg, given):
 
 
 # === Backbones ====================================================================================
-# They are torchvision's, on the CPU. Their weights are drawn in build_model, from the seed.
+# All but two of them are torchvision's. Their weights are drawn in build_model, from the seed.
 
 def group_norm(channels, affine=True):
     """GroupNorm with 16 channels a group, where they divide."""
@@ -949,7 +980,8 @@ def group_norm(channels, affine=True):
 def resnet10_narrow(norm_layer=nn.BatchNorm2d):
     """A ResNet-10 of 16 to 128 channels, for a CPU.
 
-    SiLU takes the place of ReLU: at a kink, rounding alone would tell two ranks from one process.
+    SiLU takes the place of ReLU. It has no kink, at which a rounding error would make the gradients
+    of two ranks differ from those of one process.
     """
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), norm_layer(16), nn.SiLU())
     fan_in = 16
@@ -963,14 +995,15 @@ def resnet10_narrow(norm_layer=nn.BatchNorm2d):
         block.relu = nn.SiLU()
         model.append(block)
         fan_in = fan_out
+    # As torchvision's models it ends in a classifier, which build_backbone removes.
     return model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1000)])
 
 
 def build_backbone(name, size=224, norm="batch"):
     """A torchvision classifier, or resnet10_narrow, without its last Linear. Returns it, and the
-    width of its features: (B, 3, size, size) -> (B, width). CommandError: there is none such.
+    width of its features: (B, 3, size, size) -> (B, width). CommandError: it cannot be built.
 
-    "pixels" has no weights: its features are the pixels, to hold a probe against.
+    "pixels" has no weights: its features are the pixels, as a baseline for the probe.
     """
     if name == "pixels":
         return nn.Flatten(), 3 * size * size
@@ -1002,9 +1035,9 @@ def build_backbone(name, size=224, norm="batch"):
 
 
 # === Data and views ===============================================================================
-# All that is random in the data is drawn here, from a generator that is seeded with what it is for.
-# Labels stay with the data: a view carries none. They are read by the probe, by the figures of each
-# epoch and by the oracle.
+# All that is random in the views and their order is drawn here, from generators that are seeded
+# with what they are for. Labels stay with the data: no view carries one. They are read by the
+# probe, for the figures that are logged after each epoch, and by the oracle.
 
 # The mean of each channel and its standard deviation. All other data take those of ImageNet.
 MEAN_STD = dict(
@@ -1031,7 +1064,8 @@ def digest(*parts):
 
 @dataclass(eq=False)
 class Pictures:
-    """uint8 pictures (n, 3, H, W) in memory. Fine and coarse labels: (n,), or None."""
+    """Pictures in memory, uint8 (n, 3, H, W), and their labels, (n,). coarse: of super-classes, if
+    there are any."""
     pictures: torch.Tensor
     targets: torch.Tensor
     coarse: torch.Tensor = None
@@ -1048,14 +1082,14 @@ class Pictures:
 
 class Folder:
     """The files in ROOT/<class>/**, or without labels in ROOT/** (see files_below). All of them are
-    taken for pictures."""
+    taken for pictures. Its digest is of their names, as reading a million files would take long."""
     coarse = targets = None
     classes = ()
 
-    def __init__(self, root, skip=(), labelled=True):
+    def __init__(self, root, skip=(), labeled=True):
         self.root = root
         files = list(files_below(root, skip, {os.path.realpath(root)}))
-        if labelled:
+        if labeled:
             files = [file for file in files if "/" in file]
             folders = [file.partition("/")[0] for file in files]
             classes, targets = numpy.unique(folders, return_inverse=True)
@@ -1084,11 +1118,12 @@ class Folder:
 
 
 def files_below(folder, skip, seen):
-    """The paths of all files but hidden ones, from the folder on: its own, then its folders'.
+    """The paths of all files below a folder, except hidden ones: first its own files, then those of
+    its folders.
 
-    Runs and the folders `skip` are no data. A link to a folder that was seen is not followed: it
-    may lead up, and so for ever. skip, seen: sets of real paths.
-    """
+    The folders in `skip` and folders of runs, which hold config.json and lock, are left out. So is
+    a link to a folder that was visited before, since it may lead upwards, and the walk would never
+    end. skip, seen: sets of real paths. """
     entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
     if {"config.json", "lock"} <= {entry.name for entry in entries}:
         return
@@ -1105,8 +1140,9 @@ def files_below(folder, skip, seen):
 
 
 def decode(path):
-    """(3, H, W) uint8. JPEG by torchvision, which is twice as fast; all else by Pillow, as
-    torchvision's PNG decoder dies of a damaged file. ValueError: numbers of no known range."""
+    """Returns uint8 (3, H, W). JPEG is decoded by torchvision, which is twice as fast. All else is
+    decoded by Pillow, since torchvision's PNG decoder crashes the process on a damaged file.
+    ValueError: numbers of no known range."""
     picture = Image.open(path)                              # refuses what would fill the memory
     kind, mode = picture.format, picture.mode
     if kind in ("JPEG", "MPO"):
@@ -1115,7 +1151,7 @@ def decode(path):
 
     with suppress(Exception):                    # metadata may be broken
         picture = ImageOps.exif_transpose(picture)
-    # Pillow would cut at 255 what has more than 8 bits. Of 16 bits, the full range is known.
+    # Pillow would clip at 255 what has more than 8 bits. Only of 16 bits is the full range known.
     if "I;16" in mode or (kind == "PPM" and mode == "I"):
         gray = numpy.asarray(picture) // 257
         picture = Image.fromarray(numpy.uint8(gray))
@@ -1136,15 +1172,16 @@ def draw_shapes(count, seed):
     coarse = fine // 3
     corners = torch.tensor([3.0, 4.0, 6.0])[fine % 3, None, None, None]
 
-    # Polar coordinates around a random centre, of random size and direction, at 64x64 pixels.
+    # Polar coordinates around a random center, of random size and direction, at 64x64 pixels.
     axis = torch.linspace(-1, 1, 64)
     x = axis - uniform(-0.2, 0.2)                           # (count, 1, 1, 64)
     y = axis[:, None] - uniform(-0.2, 0.2)                  # (count, 1, 64, 1)
     radius = torch.hypot(x, y) / uniform(0.5, 0.8)
     angle = torch.atan2(y, x) + uniform(0, 2 * math.pi)
 
-    # The outline is a radius for each angle. phi is the angle to the nearest line between two
-    # corners, so it is 0 between them and `half` at one.
+    # An outline gives the radius at each angle. phi is the angle to the nearest middle between two
+    # corners (or petals): it is 0 there, and `half` at a corner. The star's radius is 0.4 where phi
+    # is 0, and 1 at a corner, and its edges are straight.
     half = math.pi / corners
     phi = (angle % (2 * half) - half).abs()
     polygon = half.cos() / phi.cos()
@@ -1154,7 +1191,7 @@ def draw_shapes(count, seed):
     inside = torch.stack([radius < polygon, radius < star, radius < flower, frame])
     inside = F.avg_pool2d(inside[coarse, index].float(), 2)             # at 32x32, with soft edges
 
-    # Dark on bright or bright on dark, in random colors, with a gradient and noise.
+    # Dark on bright or bright on dark, in random colors. The ground has a gradient and noise.
     dark = uniform(0, 0.35, 3)
     bright = uniform(0.65, 1, 3)
     swap = uniform(0, 1) < 0.5
@@ -1165,7 +1202,8 @@ def draw_shapes(count, seed):
 
 
 def load_cifar(cfg):
-    """CIFAR-10 or -100 from cfg.root, downloaded if it is not there."""
+    """Yields the train and the test split of CIFAR-10 or -100 from cfg.root, to which it is
+    downloaded if it is not there."""
     kind = getattr(torchvision.datasets, cfg.data.upper())
     root = cfg.root or "data"
     os.makedirs(root, exist_ok=True)
@@ -1194,7 +1232,7 @@ def load_folder(cfg):
     """ROOT/{train,val}/<class>/**. With --data folder val/ may be missing, or labels altogether."""
     skip = {os.path.realpath(each) for each in ("runs", cfg.out or "runs")}
     if cfg.data == "folder" and not os.path.isdir(f"{cfg.root}/train"):
-        return Folder(cfg.root, skip, labelled=False), None
+        return Folder(cfg.root, skip, labeled=False), None
     train = Folder(f"{cfg.root}/train", skip)
     if cfg.data == "folder" and not os.path.isdir(f"{cfg.root}/val"):
         return train, None
@@ -1217,11 +1255,11 @@ def load_data(cfg):
 class Batch(NamedTuple):
     """The views of B pictures: view 1 of each, then view 2 of each.
 
-    changes: what is done to each crop after it is cut, in this order, with the value that changes
-    nothing: flip (0 or 1; 0); the factors of brightness, contrast and saturation (1); hue, in turns
-    of the color circle (0); gray (0 or 1; 0); blur, a sigma in pixels (0); solarize (0 or 1; 0).
+    changes: what is done to each crop after it is cut, in this order. flip: 0 or 1. brightness,
+    contrast, saturation: factors, where 1 changes nothing. hue: a shift, in turns of the color
+    circle. gray: 0 or 1. blur: a sigma in pixels, 0 for none. solarize: 0 or 1.
     """
-    crops: torch.Tensor                                     # (views B, 3, S, S), uint8
+    crops: torch.Tensor                                     # uint8 (views B, 3, S, S)
     changes: torch.Tensor                                   # (views B, 8)
     pictures: torch.Tensor                                  # (B,), which were read
 
@@ -1231,19 +1269,19 @@ class Views:
     """A list of keys (epoch, index) -> Batch. A view is a function of (seed, epoch, index, view).
 
     So it does not depend on the batch, on the number of loader processes or ranks, or on a resume.
-    views: 2, 1, or 0 for a centre crop that is not changed.
+    views: 2, 1, or 0 for one view that is the center crop, unchanged.
     """
     pictures: Pictures
     cfg: Config
     views: int = 2
 
     def __getitem__(self, keys):
-        pictures, read = zip(*(self.read(index) for _, index in keys))
+        pictures, found = zip(*(self.read(index) for _, index in keys))
         crops, changes = zip(*(
             self.draw(picture, key, view)
             for view in range(self.views or 1)
             for picture, key in zip(pictures, keys)))
-        return Batch(torch.stack(crops), torch.tensor(changes), torch.tensor(read))
+        return Batch(torch.stack(crops), torch.tensor(changes), torch.tensor(found))
 
     def read(self, index):
         """A picture and its index. With skip_bad_files, it may be the next that can be read."""
@@ -1265,12 +1303,12 @@ class Views:
             crop = TF.crop(picture, *random_box(rng, *picture.shape[1:], cfg.crop_min))
             shares = 0.5, 0.8, cfg.grayscale, cfg.blur[view], cfg.solarize[view]
         else:
-            # The usual 224 of 256 pixels, cut before they are resized. Of small pictures all.
+            # The usual 224 of 256 pixels, cut before the resize. Small pictures are kept whole.
             side = min(picture.shape[1:])
             if cfg.size > 64:
                 side = round(side * 224 / 256)
             crop = TF.center_crop(picture, side)
-            shares = [0] * 5                                # nothing is changed
+            shares = [0] * 5                                # change nothing
 
         flip, jitter, gray, blur, solarize = (rng.random() < share for share in shares)
         sigma = rng.uniform(0.1, 2.0)
@@ -1292,7 +1330,7 @@ def random_box(rng, height, width, smallest):
         if 0 < w <= width and 0 < h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
 
-    # Of a long picture, as much as the ratio lets, from its middle.
+    # Of a long picture, take as much of its middle as the ratio allows.
     w = min(width, round(height * 4 / 3))
     h = min(height, round(width * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -1348,7 +1386,7 @@ def augment(batch, cfg, color=True):
         x = TF.rgb_to_grayscale(x).where(gray > 0, x)
         if any(cfg.blur):
             x = gaussian_blur(x, sigma)
-        x = (1 - x).where(solarize * x >= 0.5, x)
+        x = (1 - x).where(solarize * x >= 0.5, x)           # inverts what is 0.5 or brighter
 
     # Channel by channel, as a tensor of these numbers would be a copy that waits for the device.
     mean_std = MEAN_STD.get(cfg.data, MEAN_STD["imagenet"])
@@ -1358,11 +1396,12 @@ def augment(batch, cfg, color=True):
 
 
 def batches(indices, size, *key, epochs, start=0, group=1, whole=False):
-    """This rank's batches of a run, from number `start` on: lists of (epoch, index).
+    """This rank's batches of a run: lists of (epoch, index).
 
-    The order in an epoch depends on (key, epoch) alone. Batches have `size` pictures. What is
-    beyond a multiple of `group` batches is left out. whole: this rank has every ranks-th batch;
-    otherwise, a part of each.
+    A batch has `size` pictures, of which the order in an epoch depends on (key, epoch) alone. An
+    epoch has as many batches as a multiple of `group` allows, and the rest of its pictures is left
+    out. start: the number of the first batch, counted over all epochs. whole: this rank has every
+    ranks-th batch. Otherwise, it has its part of each batch.
     """
     per_epoch = len(indices) // size // group * group
     for number in range(start, epochs * per_epoch):
@@ -1377,9 +1416,11 @@ def batches(indices, size, *key, epochs, start=0, group=1, whole=False):
 
 
 def start_server():
-    """Starts the parent of all loader processes, which has no threads: a fork beside the threads of
-    gloo or autograd may never return. It imports what they need while the run prepares."""
-    # They inherit that signals are blocked: they must not stop before the run has ended a step.
+    """Starts the process that forks all loader processes. It has no threads, while a fork beside
+    the threads of gloo or autograd may never return. It imports the libraries while the run
+    prepares."""
+    # The loaders inherit that signals are blocked: they must not end before the run has ended a
+    # step.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     forkserver.set_forkserver_preload(["torch", "torchvision"])
     forkserver.ensure_running()
@@ -1402,7 +1443,7 @@ class LARS(torch.optim.SGD):
     f = eta |w| / (|g| + decay |w|), or with `clip` min(lr, f).
 
     params: parameters, or pairs of name and parameter. Biases, norms and what is not named a weight
-    (a ViT's class token, a layer scale) have lr itself, and no decay.
+    (a ViT's class token, a layer scale) have the rate lr, and no decay.
     """
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
         super().__init__(params, lr, momentum, foreach=True)
@@ -1441,7 +1482,7 @@ def learning_rate(step, total, warmup, peak):
 
 
 # === Training =====================================================================================
-# From here on, things are printed and files are written, most of them by rank 0.
+# From here on, text is printed and files are written, most of them by rank 0 alone.
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -1488,7 +1529,7 @@ def announce(text):
 def write(path, fill):
     """Rank 0 writes a file by fill(open file), and all wait for it. A reader finds the old file or
     the new one, whole."""
-    def replace():
+    def write_aside():
         aside = Path(f"{path}.tmp")
         aside.unlink(missing_ok=True)                       # a link of that name is not followed
         with open(aside, "xb") as file:
@@ -1500,7 +1541,7 @@ def write(path, fill):
             os.fsync(file)
         aside.replace(path)
 
-    on_first_rank(replace)
+    on_first_rank(write_aside)
 
 
 def read(path, reader, remedy):
@@ -1523,11 +1564,13 @@ def resume(path, experiment, **parts):
     """Restores the parts, each of which has a state, from a checkpoint, if there is one.
 
     Returns the number of steps that are done, and save(step), which writes the next checkpoint.
+    UserError: the checkpoint is of another experiment, or damaged.
     """
     def restore(file):
         state = read_tensors(file)
         if state["experiment"] != experiment:
-            raise UserError(f"{path}: is of another experiment or other data; give another --out")
+            raise UserError(
+                f"{path}: is of another experiment or other data; delete it, or give another --out")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["step"]
@@ -1545,7 +1588,7 @@ def resume(path, experiment, **parts):
 # The log is the least important file: what is wrong with it never stops a run.
 
 def read_log(path, last=math.inf):
-    """The events of metrics.jsonl up to a step, without lines that are none."""
+    """The events of metrics.jsonl up to a step. A line that is damaged is left out."""
     events = []
     with suppress(OSError), open(path, "rb") as file:
         for line in file:
@@ -1576,11 +1619,12 @@ def add_to_log(path, *events, mode="a"):
 
 @contextmanager
 def signals_counted(restore):
-    """Yields a list, to which each signal to stop adds its time, and nothing else happens.
+    """Yields a list, to which each signal to stop adds its time, so that the run can end a step
+    first.
 
-    A second one ends the process, unless it comes within 3 s: then it is a copy of the first,
-    which torchrun has passed on. restore: whether the process goes on afterwards.
-    """
+    A signal that comes more than 3 s after the first ends the process at once. One that comes
+    sooner is taken for a copy of the first, which torchrun has passed on. restore: whether the
+    process goes on afterwards. """
     came, before = [], {}
 
     def add(*_):
@@ -1624,7 +1668,7 @@ def autocast(cfg):
 
 def pretrain(model, cfg, train, val, out, experiment, signals):
     """Trains the model, or goes on from its checkpoint. Leaves checkpoint.pt, metrics.jsonl and two
-    pictures in `out`. Interrupted: one of the signals has come."""
+    pictures in `out`. Interrupted: a signal has come. UserError: the loss is not finite."""
     # A step is the mean of `accumulate` losses. If the ranks divide their number, each computes
     # whole losses by itself. Else they share every loss: each has a part of its images, and all
     # embeddings are gathered.
@@ -1638,26 +1682,28 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
     if cfg.device == "cuda" and not whole:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     views_of = augment
-    if cfg.compile:                                         # each shape by itself, so in any order
+    if cfg.compile:
+        # Not dynamic: what is compiled for a shape depends on no shape that came before. So a run
+        # that is resumed computes the same.
         model.method.compile(dynamic=False)
         if model.pair_loss:
             model.pair_loss = torch.compile(model.pair_loss)
         views_of = torch.compile(augment, dynamic=False)
     statistics = [x for name, x in model.named_buffers() if "running_" in name]
 
-    # What has no gradient, as a target, is left alone by the optimizer.
+    # The optimizer leaves alone what has no gradient, such as a target.
     peak = cfg.lr * images / 256
     optimizer = LARS(
         model.named_parameters(), peak, weight_decay=cfg.weight_decay, eta=cfg.eta, clip=cfg.clip)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
 
-    # Go on from the checkpoint, if there is one. What was logged after it comes again.
+    # Go on from the checkpoint, if there is one. What was logged after it will be logged again.
     start, save = resume(
         out / "checkpoint.pt", experiment, model=model, optimizer=optimizer, scaler=scaler)
     if 0 < start == total:
         return announce(f"training was finished before; delete {out} to repeat")
     log = out / "metrics.jsonl"
-    add_to_log(log, *read_log(log, start), mode="w")
+    add_to_log(log, *read_log(log, start or -1), mode="w")
 
     lists = batches(
         torch.arange(len(train)), cfg.batch_size, cfg.seed, "order", epochs=cfg.epochs,
@@ -1665,7 +1711,7 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
     source = iter(loader(Views(train, cfg), lists))
 
     now = time.perf_counter
-    step, stop, std = start, False, 0.0
+    step, stop, std = start, False, math.inf
     logged, since, waited = start, now(), 0.0
     with tqdm(total=total, initial=start, disable=RANK > 0, unit="step") as bar:
         while True:
@@ -1699,12 +1745,13 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
             optimizer.zero_grad()
             sums, outputs = 0, []
             for k in range(losses):
-                waited -= now()
+                waited -= now()                             # adds up how long next takes
                 batch = next(source)
                 waited += now()
                 x1, x2 = views_of(batch, cfg).chunk(2)      # each (N, 3, S, S)
 
-                # Dropout, where a backbone has it, depends on the loss and not on who computes it.
+                # Dropout, where a backbone has it, depends on the step and on the loss. Where ranks
+                # share a loss, each has dropout of its own.
                 rng = rng_of(cfg.seed, "step", step + 1, k * RANKS + RANK)
                 torch.manual_seed(rng.getrandbits(63))
                 with autocast(cfg):
@@ -1725,8 +1772,9 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
             add_over_ranks(grads)
             scaler.unscale_(optimizer)
 
-            # What is to be known of all losses and ranks: the means for the log, the norm of the
-            # gradient, and whether a signal has come. Here the host waits for the device.
+            # Mean over all losses and ranks: what is logged, the norm of the gradient, and the
+            # number of signals that came. If any rank has got one, all see a number above 0, and
+            # stop. Here the host waits for the device.
             norm = nn.utils.get_total_norm(grads)
             means = torch.stack([*sums / losses, norm, torch.full_like(norm, len(signals))])
             add_over_ranks([means], RANKS)
@@ -1747,7 +1795,8 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
                     outputs = [[gather(e) for e in output] for output in outputs]
                 model.method.after_step(step / total, outputs)
             scaler.update()
-            # BatchNorm's running statistics are of each rank's batches: all go on with the mean.
+            # Each rank has BatchNorm's running statistics of its own batches. All go on with the
+            # mean, so that any of them can be saved and evaluated.
             add_over_ranks(statistics, RANKS)
 
             if step % cfg.log_every == 0 or step == total:
@@ -1770,35 +1819,36 @@ def embed(backbone, cfg, batch):
         return backbone(augment(batch, cfg, color=False)).float()
 
 
-def centre_batches(pictures, indices, cfg):
-    """Batches of the centre crops of this rank's share of some pictures."""
-    # Shares have the same length, so that in the last one the first pictures may come again.
+def center_batches(pictures, indices, cfg):
+    """Batches of the center crops of this rank's share of some pictures."""
+    # All shares have the same length, for which the first pictures may come again in the last ones.
     share = indices.repeat(RANKS).split(math.ceil(len(indices) / RANKS))[RANK]
     lists = [[(0, index) for index in part.tolist()] for part in share.split(256)]
     return loader(Views(pictures, cfg, views=0), lists)
 
 
 @cache
-def fixed_centres(pictures, cfg, count):
-    """Pictures for the figures of each epoch, their indices, and centre_batches, made once."""
+def fixed_centers(pictures, cfg, count):
+    """Pictures for the figures of each epoch, their indices, and center_batches, made once."""
     chosen = permutation(len(pictures), "subset")[:count]
-    return pictures, chosen, list(centre_batches(pictures, chosen, cfg))
+    return pictures, chosen, list(center_batches(pictures, chosen, cfg))
 
 
-def features(backbone, cfg, pictures, indices, centres=None, signals=()):
-    """The features (n, width) and labels (n,) of the pictures at some indices, computed in shares
-    of the ranks, without those that cannot be read. centres: their centre_batches."""
-    rows, read = [], []
-    for batch in centres or centre_batches(pictures, indices, cfg):
+def features(backbone, cfg, pictures, indices, centers=None, signals=()):
+    """The features (n, width) and labels (n,) of the pictures at some indices. Each rank computes a
+    share. Pictures that cannot be read are left out. centers: their center_batches. UserError: none
+    can be read, or a feature is not finite."""
+    rows, read_indices = [], []
+    for batch in centers or center_batches(pictures, indices, cfg):
         if signals:
             raise Interrupted
         rows.append(embed(backbone, cfg, batch))
-        read += batch.pictures.tolist()                     # a tensor would keep a file open
+        read_indices += batch.pictures.tolist()             # a tensor would keep a file open
     x = gather(torch.cat(rows))[:len(indices)]
-    read = gather(torch.tensor(read, device=cfg.device))[:len(indices)]
+    found = gather(torch.tensor(read_indices, device=cfg.device))[:len(indices)]
     if not x.norm(dim=1).isfinite().all():
         raise UserError("features are not finite: give another --probe, or lower --lr, a new --out")
-    good = read.cpu() == indices
+    good = found.cpu() == indices
     if not good.any():
         raise UserError(f"none of {len(good)} pictures of --root {cfg.root} can be read: mend them")
     labels = indices if pictures.targets is None else pictures.targets[indices]
@@ -1824,8 +1874,8 @@ def percent(right):
 
 @cache
 def fixed_views(train, cfg):
-    """The 256 pictures of which H is shown at each epoch, augmented as in training: a Batch that
-    is made once."""
+    """Two views of 256 pictures, augmented as in training, of which H is looked at in each epoch.
+    The Batch is made once."""
     keys = [(0, index) for index in permutation(len(train), "fixed")[:256].tolist()]
     return Views(train, replace(cfg, seed="fixed"))[keys]
 
@@ -1833,7 +1883,8 @@ def fixed_views(train, cfg):
 @torch.no_grad
 def find_neighbors(model, cfg, train):
     """Returns the normalized embeddings (2N, dim) of fixed_views, the picture of each (2N,), eps
-    and H (2N, 2N). It leaves the model in eval mode."""
+    and H (2N, 2N). H is that of the adaptive threshold for every --threshold and --loss, so that
+    runs can be compared. It leaves the model in eval mode."""
     batch = fixed_views(train, cfg)
     model.eval()
     with autocast(cfg):
@@ -1861,12 +1912,12 @@ def emergence(model, cfg, train, val):
 
     # RankMe (Garrido et al. 2023): e to the entropy of the features' singular values.
     backbone = model.method.backbone
-    x, y = features(backbone, cfg, *fixed_centres(train, cfg, 2048))
+    x, y = features(backbone, cfg, *fixed_centers(train, cfg, 2048))
     values = torch.linalg.svdvals(x)
     found["rankme"] = torch.special.entr(values / values.sum() + 1e-7).sum().exp()
 
     if val:
-        queries = features(backbone, cfg, *fixed_centres(val, cfg, 512))
+        queries = features(backbone, cfg, *fixed_centers(val, cfg, 512))
         found["knn"] = percent(nearest_neighbors(x, y, *queries))
     return {key: float(value) for key, value in found.items()}
 
@@ -1893,7 +1944,7 @@ def place_in_class(labels):
     return sorted_place - before[labels]
 
 
-def labelled_pictures(cfg, targets):
+def labeled_pictures(cfg, targets):
     """The pictures whose labels the probe may see: a share that is balanced over the classes."""
     classes = len(targets.bincount())
     total = round(cfg.label_fraction * len(targets))
@@ -1911,32 +1962,34 @@ def labelled_pictures(cfg, targets):
 
 def split_labels(cfg, targets):
     """The pictures that heads are trained on, and a tenth of each class to choose a head by."""
-    labelled = labelled_pictures(cfg, targets)
-    labelled = labelled[permutation(len(labelled), cfg.seed, "holdout")]
-    labels = targets[labelled]
+    labeled = labeled_pictures(cfg, targets)
+    labeled = labeled[permutation(len(labeled), cfg.seed, "holdout")]
+    labels = targets[labeled]
     counts = labels.bincount()
     tenth = (counts // 10).clamp(min=1).minimum(counts - 1)
     held = place_in_class(labels) < tenth[labels]
-    return labelled[~held], labelled[held]
+    return labeled[~held], labeled[held]
 
 
 RATES = "0.01 0.03 0.1 0.3 1.0 3.0 10.0 30.0 100.0".split()
 
 
 def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
-    """The linear probe and k-NN on a frozen backbone. Returns what probe.json holds, in percent.
+    """The linear probe and k-NN on a frozen backbone. Returns what probe.json will hold: accuracies
+    in percent, counts of pictures, and for each picture of val whether it was right.
 
     A linear head for each of RATES is trained (SGD, decay 1e-5, a tenth of the rate at 60 and at
-    80 % of the epochs: the authors' probe) on stored features of centre crops, or for ImageNet on
-    live crops and flips. The one that is best on a tenth of the labelled pictures, on which no head
-    was trained, is run on val.
+    80 % of the epochs: the authors' probe) on stored features of center crops, or for ImageNet on
+    live crops and flips. The one that is best on a tenth of the labeled pictures, on which no head
+    was trained, is run on val. Features of at most 262,144 pictures are stored, which fit into the
+    memory of a GPU: k-NN, and a probe on stored features, use no more.
     """
     backbone.to(cfg.device, memory_format=torch.channels_last).eval()
     stored = partial(features, backbone, cfg, signals=signals)
     fit, hold = split_labels(cfg, train.targets)
     x_val, y_val = stored(val, torch.arange(len(val)))
     x_hold, y_hold = stored(train, hold if len(hold) else fit)
-    x_fit, y_fit = stored(train, fit[:262144])              # what fits into the memory of a GPU
+    x_fit, y_fit = stored(train, fit[:262144])
 
     torch.manual_seed(cfg.seed)
     classes = len(train.targets.bincount())
@@ -1987,6 +2040,10 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
     right = heads[best](x_val).topk(min(5, classes)).indices == y_val[:, None]
     top1 = right[:, 0]
     knn = nearest_neighbors(x_fit, y_fit, x_val, y_val)
+
+    # The probe is done. Its checkpoint would stand in the way of another one.
+    if RANK == 0:
+        checkpoint.unlink(missing_ok=True)
     return dict(
         top1=percent(top1), top5=percent(right.any(1)), knn=percent(knn), rate=float(RATES[best]),
         holdout=dict(zip(RATES, holdout)), train=len(rows), held_out=len(hold), val=len(y_val),
@@ -1998,8 +2055,9 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
 # === The command ==================================================================================
 
 def load_backbone(path, cfg, remedy):
-    """The backbone of a backbone.pt, or of another file with such a model, as torchvision's: in a
-    "state_dict", behind a prefix, with a classifier, or, if a ViT, of another size."""
+    """The backbone from a backbone.pt, or from another file with a model of this architecture. The
+    tensors may lie in a "state_dict", and their names may have a prefix. A classifier is dropped.
+    The position embeddings of a ViT are interpolated to --size. UserError: it does not fit."""
     backbone, _ = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     first = next(iter(backbone.state_dict()), "")           # pixels have no tensors
     removed = tuple(
@@ -2008,7 +2066,8 @@ def load_backbone(path, cfg, remedy):
     def fill(file):
         state = read_tensors(file)
         state = state.get("state_dict", state)
-        # The prefix, as "module.encoder.", is what stands before the name of the first tensor.
+        # A prefix such as "module.encoder." stands before the name of the first tensor. Of all
+        # names that end like it ("conv1.weight", "layer1.0.conv1.weight"), the shortest is its own.
         names = [name for name in state if name.endswith(first)]
         prefix = min(names, key=len, default=first).removesuffix(first)
         for name in list(state):                            # in place: it keeps its _metadata
@@ -2055,7 +2114,7 @@ def take_folder(out, experiment, stack):
 
 def run(cfg, argv, signals):
     """From pictures to results, in a folder. What is there already is not done again."""
-    # Whatever is wrong with the command shows before the folder is made.
+    # What is wrong with the command shows before the folder is made.
     if cfg.probe:
         fitting = f"give a file of --backbone {cfg.backbone} at --size {cfg.size}"
         backbone = load_backbone(cfg.probe, cfg, fitting)
@@ -2063,7 +2122,7 @@ def run(cfg, argv, signals):
         model = build_model(cfg)
     train, val = load_data(cfg)                             # val is None where there are no labels
     if val:
-        labelled_pictures(cfg, train.targets)
+        labeled_pictures(cfg, train.targets)                # or --label-fraction is too small
     elif cfg.probe:
         raise CommandError(f"--root {cfg.root}: holds no train/ and val/ with labels; give another")
     needed = cfg.batch_size * cfg.accumulate if cfg.epochs and not cfg.probe else 2
@@ -2072,7 +2131,8 @@ def run(cfg, argv, signals):
             f"{len(train)} pictures are less than the {needed} of a step; give --accumulate 1 "
             f"--batch-size {len(train) // RANKS * RANKS}, or more pictures")
 
-    # What the folder is of, as config.json will hold it.
+    # What identifies the experiment, in the form in which config.json will hold it. All ranks must
+    # agree on it, and on all else but where the data lie and how many processes read them.
     experiment = {name: getattr(cfg, name) for name in Experiment.__annotations__}
     experiment["pictures"] = [each and each.digest() for each in (train, val)]
     agree(vars(cfg) | experiment | dict(root=None, workers=None), "data or options")
@@ -2090,9 +2150,10 @@ def run(cfg, argv, signals):
         announce(
             f"{out}: {len(train)} train, {len(val or ())} val pictures; {RANKS} ranks; {cfg}")
         if cfg.device == "cuda" and cfg.accumulate % RANKS:
-            announce(f"each loss is shared; without SyncBatchNorm's waits: --accumulate {RANKS}")
+            announce(f"ranks share each loss; SyncBatchNorm's waits end with --accumulate {RANKS}")
 
-        # Train, or take what is there. Who needs room may delete the checkpoint in the end.
+        # Train, or take the backbone that is there. A user who needs room may delete the checkpoint
+        # of a run that has ended.
         final, checkpoint = out / "backbone.pt", out / "checkpoint.pt"
         if cfg.probe is None:
             if on_first_rank(lambda: final.exists() and not checkpoint.exists()):
@@ -2102,7 +2163,7 @@ def run(cfg, argv, signals):
                 backbone = model.method.backbone.to("cpu", memory_format=torch.contiguous_format)
                 write(final, lambda file: torch.save(backbone.state_dict(), file))
 
-        # Probe, or take the result that is there, if it is of this file and was asked for alike.
+        # Probe, or take the result that is there, if it is of the same file and the same options.
         result = "no probe and no k-NN, which need labels in train/ and val/"
         if val:
             weights = on_first_rank(lambda: digest(Path(cfg.probe or final).read_bytes()))
@@ -2132,8 +2193,8 @@ def run(cfg, argv, signals):
 
 
 def set_up(cfg):
-    """What comes before all else, as CUDA must not have started yet; then the process group that
-    torchrun has prepared. Returns whether there is one that is to be destroyed in the end."""
+    """Starts the loaders' server and sets global options, while CUDA has not started yet. Then
+    joins the process group that torchrun has prepared. Returns whether it has joined one."""
     if cfg.workers > 0:
         start_server()
     torch.backends.cudnn.benchmark = not cfg.deterministic  # the sizes of a run are fixed
@@ -2156,7 +2217,8 @@ def set_up(cfg):
     return True
 
 
-# Errors that say enough in their first line. Any other is a fault of ours, and is shown whole.
+# Errors, by a part of their text, that say enough in their first line. Any other is a fault of
+# this program, and is shown with its traceback.
 KNOWN = (
     "memory|DataLoader worker|closed by peer|reset by peer|ompiler|open files|ancdata|"
     "deterministic implementation")
@@ -2167,7 +2229,7 @@ def main(argv=None):
     for a run that was interrupted."""
     with (
         redirect_stdout(Quiet(sys.stdout)), redirect_stderr(Quiet(sys.stderr)),
-        signals_counted(restore=argv is not None) as signals,
+        signals_counted(restore=argv is not None) as signals
     ):
         try:
             argv = sys.argv[1:] if argv is None else argv

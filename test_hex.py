@@ -1078,7 +1078,7 @@ def test_a_share_of_the_labels_is_balanced_and_is_all_that_trains():
     result = probe(400, 4, text="--probe-epochs 2 --label-fraction 0.2")
     assert result["train"] == 72 and result["held_out"] == 8
     uneven = torch.arange(3).repeat_interleave(torch.tensor([5, 50, 500]))
-    chosen = hx.labelled_pictures(config("--label-fraction 0.1"), uneven)
+    chosen = hx.labeled_pictures(config("--label-fraction 0.1"), uneven)
     counts = uneven[chosen.unique()].bincount().tolist()
     assert counts[0] == 5 and sorted(counts) == [5, 25, 26]
 
@@ -1155,7 +1155,7 @@ def noise(path, mode="RGB"):
 
 
 def flat(root):
-    return hx.Folder(root, labelled=False)
+    return hx.Folder(root, labeled=False)
 
 
 def files_of(folder):
@@ -1230,7 +1230,7 @@ def test_hidden_files_runs_and_links_that_lead_up_are_no_pictures(tmp_path):
     for name in ("a/up", "b/d/up"):
         (tmp_path / name).symlink_to(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "b")
-    folder = hx.Folder(tmp_path, labelled=False, skip={str(tmp_path / "o")})
+    folder = hx.Folder(tmp_path, labeled=False, skip={str(tmp_path / "o")})
     assert files_of(folder) == wanted
     assert hx.Folder(tmp_path).classes == ["a", "b", "o"]
     (tmp_path / "a" / "0.png").symlink_to(os.devnull)           # as a pipe, but it never waits
@@ -1662,7 +1662,6 @@ COMMANDS = """
 --backbone r19 | r19 resnet18
 --backbone squeezenet1_0 | squeezenet1_0 resnet18
 --batch-size 999 | 999 --batch-size 112
---backbone pixels | pixels --epochs 0
 --data cifar10 --threshold oracle | oracle cifar100
 --label-fraction 0.01 | --label-fraction 0.1072
 --device cuda | --device cpu
