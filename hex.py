@@ -380,7 +380,7 @@ def everywhere(content):
     return contents
 
 
-@cache                                            # each shape is checked once
+@cache                                                      # each shape is checked once
 def check_shape(shape):
     shapes = everywhere(shape)
     require(len({*shapes}) == 1, f"the ranks have rows of different shapes: {shapes}")
