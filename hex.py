@@ -4,12 +4,13 @@
 The paper is by Kokilepersaud, Kim, Prabhushankar and AlRegib (WACV 2025, arXiv 2410.23200). This
 is not the authors' code. It is a reconstruction, as the full text of the paper was not available.
 
-InfoNCE pulls the two views of an image together, and pushes all other images of the batch away,
-all alike. But training makes some of them look like the anchor, and they often share its meaning.
+InfoNCE pulls the two views of an image together, and pushes all other images of the batch away by
+one rule. But training makes some of them look like the anchor, and they often share its meaning.
 HEX therefore splits the other images, the anchor's negatives, at a threshold eps on similarity:
 
     G(i), the global negatives, are not above eps. They are treated as in InfoNCE.
-    H(i), the local negatives (the neighbors), are above eps. The nearest are pushed hardest.
+    H(i), the local negatives (the neighbors), are above eps. They have weights Q: the nearest are
+    pushed harder than by InfoNCE, and the others less.
 
 For N images with two views each there are 2N normalized embeddings z. Below, i and j run over
 these 2N embeddings, p is the other view of the image of i, s_ij = z_i . z_j is the cosine
@@ -30,13 +31,13 @@ the neighbors get no gradient. With N = 256 and q = 0.99, |H(i)| is about 5 of 5
 
 How each part is known:
 
-    From the paper's abstract and its figure: the split; a local term that is weighted; a threshold
-    that falls in training.
+    From the paper's abstract and its overview figure: the split; a local term that is weighted; a
+    threshold that falls in training.
     From the authors' code alone: the mean of quantiles, the fixed schedules, the warm-up, beta,
     tau_plus, the floor, the recipes.
-    Inferred here: that Q is the weighting of Robinson et al. (ICLR 2021), that |H(i)| stands for
-    their N, that the quantile runs over the negatives alone, and that the positive is part of the
-    sum (--decoupled leaves it out).
+    Inferred here: that Q is the weighting of Robinson et al. (ICLR 2021), that |H(i)| takes the
+    place of their number of negatives, that the quantile runs over the negatives alone, and that
+    the positive is part of the sum (--decoupled leaves it out).
 
 The authors' public code does not train on its local term: there it is a constant outside of the
 logarithm. The function `released` reproduces that. The formula above is what we believe is meant.
@@ -154,14 +155,14 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
     del s                                                   # the matrix is large
 
     def exp(x, top):
-        # Only in a row that is at its floor can x - top exceed 80. The result is not used there,
-        # and the limit keeps it finite.
-        return (x - top).clamp(max=80).exp()
+        # x - top exceeds 60 only in a row that is at its floor, or if tau_plus is 0. The result
+        # does not matter there, and the limit keeps it finite.
+        return (x - top).clamp(max=60).exp()
 
-    # Here `local` is the formula's local term divided by |H(i)|: a weighted mean over H(i), less
-    # the share tau_plus of the positive. This Q is proportional to the formula's, as the mean
-    # divides by its sum. The largest Q of a row is 1, so that the sum is at least 1, or 0 if H(i)
-    # is empty.
+    # Here `local` is the formula's local term divided by |H(i)|, in units of e^top_near: a weighted
+    # mean over H(i), less the share tau_plus of the positive. The formula's Q is this Q times a
+    # constant for each row, which cancels, as the weighted mean divides by the sum of Q. The
+    # largest Q of a row is 1, so that the sum is at least 1, or 0 if H(i) is empty.
     near, top_near = exponentials(x, H, least)
     Q = (near.detach() ** beta).masked_fill_(~H, 0)
     local = (Q * near).sum(1) / Q.sum(1).clamp(min=1)
@@ -169,7 +170,8 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
     clamped = local.detach() < exp(least, top_near)
 
     # The other negatives are global. From here on, all is in units of e^top, where top is the
-    # largest exponent of the whole sum. In a row that is at its floor, H(i) adds e^least to it.
+    # largest exponent of the whole sum. In a row that is at its floor, H(i) adds |H(i)| e^least, so
+    # that its exponent is `least` instead of top_near.
     far, top_far = exponentials(x, negative & ~H, least)
     top = torch.maximum(top_far, top_near.masked_fill(clamped, least))
     if not decoupled:
@@ -184,10 +186,11 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
 
 
 def exponentials(x, mask, least):
-    """Returns e^{x - top} (2N, 2N), and top (2N,), the largest x of a row where the mask is true.
+    """Returns e^{x - top} (2N, 2N), and top (2N,): the largest x of a row where the mask is true,
+    or `least`, a lower bound of x, if it is true nowhere.
 
     Where the mask is false, the result is at most e^{-40}, which is too small to change a sum. An
-    exact 0 would take longer, as e^{-infinity} is slow on a CPU. least: a lower bound of x.
+    exact 0 would take longer, as e^{-infinity} is slow on a CPU.
     """
     e = x.where(mask, least - 40)
     top = e.detach().amax(1).clamp(min=least)
@@ -277,7 +280,8 @@ def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
 
     Its local term is always at its floor, for all 2N - 2 negatives, and outside of the logarithm.
     So it carries no gradient. Its quantile counts the anchor itself and its positive, too. Returns
-    a scalar and statistics, as hex_nce. Of them, `clamped` is 1. """
+    a scalar and statistics, as hex_nce. Of them, `clamped` is 1 where there is an H.
+    """
     s, s_p, negative = similarities(a, b, temperature)
     eps, H = split(s, negative, threshold, epoch, count_all=True)
     G = negative & ~H
@@ -341,7 +345,7 @@ class OracleHierarchy:
 
 
 # === Many processes ===============================================================================
-# The functions through which the ranks talk to each other. With one process they do nothing.
+# The functions through which the ranks talk to each other. All of them work in one process, too.
 
 def environment(name, default):
     """A number that torchrun or Slurm has set, or the default."""
@@ -359,8 +363,8 @@ def gather(x):
     Only this rank's own rows carry a gradient. So where every rank computes the same loss of all
     rows, the sum over the ranks of their gradients is the gradient of that loss. (A wrapper that
     takes the mean instead, such as DistributedDataParallel, needs the loss times the ranks.)
-    ValueError: the ranks have different shapes. This is looked at once for each shape, as it takes
-    time.
+    ValueError: the ranks have different shapes. As this check takes time, it is made only when a
+    shape is new, so all ranks must come to a new shape in the same call.
     """
     if not dist.is_initialized():
         return x
@@ -420,7 +424,7 @@ def on_first_rank(task):
 
 # === Methods and the wrapper ======================================================================
 # Apart from BatchNorm's statistics, a method changes its state in after_step alone. Its loss is a
-# pure function of all N images.
+# pure function of the embeddings of all N images.
 
 class Method(nn.Module):
     """The base of all methods: a backbone and a projector, and where a method has them a predictor
@@ -611,10 +615,12 @@ class HEX(nn.Module):
     """The wrapper: loss = (1 - alpha) own + alpha scale (mean over the pairs of LOSSES[loss]).
 
     method: a Method, or any module with its forward and loss. alpha and scale are by default the
-    method's, or 0.1 and 1. With alpha = 1 the own loss is not used. With the loss "base" it alone
-    is used, and so it is in the first `warmup` epochs. But if a warmup_threshold is given, these
-    epochs have the whole loss with that threshold. of_hex: more options of hex_nce. ValueError: an
-    unknown loss, a forward that returns a bare tensor, a method that gives no pairs. """
+    method's, or 0.1 and 1. The own loss is used alone if the loss is "base", and in the first
+    `warmup` epochs. But if a warmup_threshold is given, these epochs have the whole loss, with that
+    threshold. After the warm-up, the own loss is not used if alpha = 1. of_hex: more options of
+    hex_nce. ValueError: an unknown loss, a forward that returns a bare tensor, a method that gives
+    no pairs.
+    """
     def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1,
                  threshold=None, warmup=0, warmup_threshold=None, **of_hex):
         super().__init__()
@@ -679,8 +685,9 @@ class HEX(nn.Module):
 
 # === Settings =====================================================================================
 # Each field is an option: batch_size is --batch-size. The comment behind it is its help. Its type
-# is a function that reads and checks the text, a list of such functions, one for each number, or
-# a string of choices. A default of None is replaced in `parse`, or means that nothing is given.
+# is a function that reads and checks the text, a list of such functions, one for each number, a
+# string of choices, or bool for an option without a value. A default of None is replaced in
+# `parse`, or means that nothing is given.
 # ruff: noqa: F722
 
 class UserError(Exception):
@@ -701,7 +708,7 @@ def within(low, high):
             return value
         raise ValueError
 
-    # Of another text argparse says: invalid int (give one from 0 to 9) value: 'ten'.
+    # argparse puts this name into its error: invalid int (give one from 0 to 9) value: 'ten'.
     number.__name__ = f"{type(low).__name__} (give one from {low} to {high})"
     return number
 
@@ -1035,9 +1042,10 @@ def build_backbone(name, size=224, norm="batch"):
 
 
 # === Data and views ===============================================================================
-# All that is random in the views and their order is drawn here, from generators that are seeded
-# with what they are for. Labels stay with the data: no view carries one. They are read by the
-# probe, for the figures that are logged after each epoch, and by the oracle.
+# All that is random in the views and their order is drawn here, by generators that are seeded with
+# a key, such as (seed, epoch, index, view). Labels stay with the data: no view carries one. They
+# are read by the probe, for the figures that are logged after each epoch, by the oracle, and by
+# digest.
 
 # The mean of each channel and its standard deviation. All other data take those of ImageNet.
 MEAN_STD = dict(
@@ -1095,7 +1103,7 @@ class Folder:
             classes, targets = numpy.unique(folders, return_inverse=True)
             self.classes = classes.tolist()
             self.targets = torch.from_numpy(targets)
-        # One buffer goes to a loader process at once, and a million strings would not.
+        # One buffer is sent to a loader process quickly, and a million strings would not be.
         self.files = numpy.array([*map(os.fsencode, files)], dtype=bytes)
 
     def __len__(self):
@@ -1123,7 +1131,8 @@ def files_below(folder, skip, seen):
 
     The folders in `skip` and folders of runs, which hold config.json and lock, are left out. So is
     a link to a folder that was visited before, since it may lead upwards, and the walk would never
-    end. skip, seen: sets of real paths. """
+    end. skip, seen: sets of real paths.
+    """
     entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
     if {"config.json", "lock"} <= {entry.name for entry in entries}:
         return
@@ -1180,8 +1189,8 @@ def draw_shapes(count, seed):
     angle = torch.atan2(y, x) + uniform(0, 2 * math.pi)
 
     # An outline gives the radius at each angle. phi is the angle to the nearest middle between two
-    # corners (or petals): it is 0 there, and `half` at a corner. The star's radius is 0.4 where phi
-    # is 0, and 1 at a corner, and its edges are straight.
+    # corners: it is 0 there, and `half` at a corner. The star's radius is 0.4 where phi is 0, and 1
+    # at a corner, and its edges are straight. The flower does not use phi.
     half = math.pi / corners
     phi = (angle % (2 * half) - half).abs()
     polygon = half.cos() / phi.cos()
@@ -1261,7 +1270,7 @@ class Batch(NamedTuple):
     """
     crops: torch.Tensor                                     # uint8 (views B, 3, S, S)
     changes: torch.Tensor                                   # (views B, 8)
-    pictures: torch.Tensor                                  # (B,), which were read
+    pictures: torch.Tensor                                  # (B,), the indices that were read
 
 
 @dataclass(eq=False)
@@ -1269,7 +1278,7 @@ class Views:
     """A list of keys (epoch, index) -> Batch. A view is a function of (seed, epoch, index, view).
 
     So it does not depend on the batch, on the number of loader processes or ranks, or on a resume.
-    views: 2, 1, or 0 for one view that is the center crop, unchanged.
+    pictures: Pictures or a Folder. views: 2, 1, or 0 for one view, the unchanged center crop.
     """
     pictures: Pictures
     cfg: Config
@@ -1398,10 +1407,10 @@ def augment(batch, cfg, color=True):
 def batches(indices, size, *key, epochs, start=0, group=1, whole=False):
     """This rank's batches of a run: lists of (epoch, index).
 
-    A batch has `size` pictures, of which the order in an epoch depends on (key, epoch) alone. An
-    epoch has as many batches as a multiple of `group` allows, and the rest of its pictures is left
-    out. start: the number of the first batch, counted over all epochs. whole: this rank has every
-    ranks-th batch. Otherwise, it has its part of each batch.
+    A batch has `size` pictures. Their order in an epoch depends on (key, epoch) alone. The number
+    of batches in an epoch is the largest multiple of `group` that the pictures suffice for, and the
+    rest is left out. start: the number of the first batch, counted over all epochs. whole: the
+    ranks take whole batches in turn. Otherwise, each rank has its part of every batch.
     """
     per_epoch = len(indices) // size // group * group
     for number in range(start, epochs * per_epoch):
@@ -1439,8 +1448,8 @@ def loader(views, lists):
 # === Optimizer ====================================================================================
 
 class LARS(torch.optim.SGD):
-    """SGD that gives each layer its own rate (You et al. 2017): lr times the factor
-    f = eta |w| / (|g| + decay |w|), or with `clip` min(lr, f).
+    """SGD that gives each layer its own rate (You et al. 2017): lr f, or with `clip` min(lr, f),
+    where f = eta |w| / (|g| + decay |w|).
 
     params: parameters, or pairs of name and parameter. Biases, norms and what is not named a weight
     (a ViT's class token, a layer scale) have the rate lr, and no decay.
@@ -1624,7 +1633,8 @@ def signals_counted(restore):
 
     A signal that comes more than 3 s after the first ends the process at once. One that comes
     sooner is taken for a copy of the first, which torchrun has passed on. restore: whether the
-    process goes on afterwards. """
+    process goes on afterwards.
+    """
     came, before = [], {}
 
     def add(*_):
@@ -1683,8 +1693,8 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     views_of = augment
     if cfg.compile:
-        # Not dynamic: what is compiled for a shape depends on no shape that came before. So a run
-        # that is resumed computes the same.
+        # Method and augmentation are not dynamic: what is compiled for a shape depends on no shape
+        # that came before, so that a resumed run computes the same. The pair loss meets one shape.
         model.method.compile(dynamic=False)
         if model.pair_loss:
             model.pair_loss = torch.compile(model.pair_loss)
@@ -1697,7 +1707,8 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
         model.named_parameters(), peak, weight_decay=cfg.weight_decay, eta=cfg.eta, clip=cfg.clip)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.amp == "fp16")
 
-    # Go on from the checkpoint, if there is one. What was logged after it will be logged again.
+    # Go on from the checkpoint, if there is one. What was logged after it is dropped, and will be
+    # logged again. Without a checkpoint, this includes step 0.
     start, save = resume(
         out / "checkpoint.pt", experiment, model=model, optimizer=optimizer, scaler=scaler)
     if 0 < start == total:
@@ -1723,7 +1734,8 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
                 add_to_log(log, dict(event="epoch", step=step, epoch=epoch, **found))
                 announce(f"epoch {epoch}/{cfg.epochs}: {in_words(found)}")
                 before, std = std, found["std"]
-                if step and std <= min(before, 0.1):        # at the start it may be low
+                # Warn if it is low and has not risen. Before the first step it may be low.
+                if step and std <= min(before, 0.1):
                     announce(f"warning: the embeddings collapse (std {std:.3f} of 1): lower --lr")
                 if step in (0, total):
                     name = "neighbours.png" if step == total else "neighbours_early.png"
@@ -1750,8 +1762,8 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
                 waited += now()
                 x1, x2 = views_of(batch, cfg).chunk(2)      # each (N, 3, S, S)
 
-                # Dropout, where a backbone has it, depends on the step and on the loss. Where ranks
-                # share a loss, each has dropout of its own.
+                # Dropout, where a backbone has it, depends on the step (here from 1 on) and on the
+                # loss. Where ranks share a loss, each has dropout of its own.
                 rng = rng_of(cfg.seed, "step", step + 1, k * RANKS + RANK)
                 torch.manual_seed(rng.getrandbits(63))
                 with autocast(cfg):
@@ -1821,7 +1833,7 @@ def embed(backbone, cfg, batch):
 
 def center_batches(pictures, indices, cfg):
     """Batches of the center crops of this rank's share of some pictures."""
-    # All shares have the same length, for which the first pictures may come again in the last ones.
+    # All shares must have the same length. The last ones are filled up with the first pictures.
     share = indices.repeat(RANKS).split(math.ceil(len(indices) / RANKS))[RANK]
     lists = [[(0, index) for index in part.tolist()] for part in share.split(256)]
     return loader(Views(pictures, cfg, views=0), lists)
@@ -1843,7 +1855,7 @@ def features(backbone, cfg, pictures, indices, centers=None, signals=()):
         if signals:
             raise Interrupted
         rows.append(embed(backbone, cfg, batch))
-        read_indices += batch.pictures.tolist()             # a tensor would keep a file open
+        read_indices += batch.pictures.tolist()             # a loader's tensor keeps a file open
     x = gather(torch.cat(rows))[:len(indices)]
     found = gather(torch.tensor(read_indices, device=cfg.device))[:len(indices)]
     if not x.norm(dim=1).isfinite().all():
@@ -1874,8 +1886,9 @@ def percent(right):
 
 @cache
 def fixed_views(train, cfg):
-    """Two views of 256 pictures, augmented as in training, of which H is looked at in each epoch.
-    The Batch is made once."""
+    """The Batch of two views of 256 pictures, augmented as in training, on which H is computed
+    after each epoch. It is made once. Its seed is a word, so that it is the same for every
+    --seed."""
     keys = [(0, index) for index in permutation(len(train), "fixed")[:256].tolist()]
     return Views(train, replace(cfg, seed="fixed"))[keys]
 
@@ -1980,9 +1993,10 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
 
     A linear head for each of RATES is trained (SGD, decay 1e-5, a tenth of the rate at 60 and at
     80 % of the epochs: the authors' probe) on stored features of center crops, or for ImageNet on
-    live crops and flips. The one that is best on a tenth of the labeled pictures, on which no head
-    was trained, is run on val. Features of at most 262,144 pictures are stored, which fit into the
-    memory of a GPU: k-NN, and a probe on stored features, use no more.
+    live crops and flips. The one that is best on a tenth of the labeled pictures is run on val. No
+    head was trained on this tenth. If each class has one labeled picture, there is none, and all
+    are used for both. Of the pictures to train on, features of at most 262,144 are stored, which
+    fit into the memory of a GPU: k-NN, and a probe on stored features, use no more.
     """
     backbone.to(cfg.device, memory_format=torch.channels_last).eval()
     stored = partial(features, backbone, cfg, signals=signals)
@@ -2120,9 +2134,9 @@ def run(cfg, argv, signals):
         backbone = load_backbone(cfg.probe, cfg, fitting)
     else:
         model = build_model(cfg)
-    train, val = load_data(cfg)                             # val is None where there are no labels
+    train, val = load_data(cfg)                             # val is None if it has no labels
     if val:
-        labeled_pictures(cfg, train.targets)                # or --label-fraction is too small
+        labeled_pictures(cfg, train.targets)                # raises: --label-fraction is too small
     elif cfg.probe:
         raise CommandError(f"--root {cfg.root}: holds no train/ and val/ with labels; give another")
     needed = cfg.batch_size * cfg.accumulate if cfg.epochs and not cfg.probe else 2
@@ -2217,8 +2231,9 @@ def set_up(cfg):
     return True
 
 
-# Errors, by a part of their text, that say enough in their first line. Any other is a fault of
-# this program, and is shown with its traceback.
+# Errors, by a part of their text, that say enough in their first line. "ompiler" is of a missing
+# compiler, and "ancdata" of too many open files. Any other error is a fault of this program, and is
+# shown with its traceback.
 KNOWN = (
     "memory|DataLoader worker|closed by peer|reset by peer|ompiler|open files|ancdata|"
     "deterministic implementation")
