@@ -73,7 +73,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -963,8 +963,6 @@ def check(cfg, given):
             cfg.threshold == "oracle" and cfg.data not in ("shapes", "cifar100"),
         "--device cuda: no GPU is visible; give --device cpu":
             cfg.device == "cuda" and not torch.cuda.is_available(),
-        f"TMPDIR={tempfile.gettempdir()}: is too long for the loaders' sockets; give TMPDIR=/tmp":
-            cfg.workers and len(tempfile.gettempdir()) > 70,
         f"RANK and WORLD_SIZE are {ranks}: let torchrun set both, or unset both":
             any(ranks) and not all(map(str.isdecimal, ranks)),
         "srun has started more than one task: let it start torchrun, as the README says":
@@ -1099,8 +1097,8 @@ class Folder:
         files = list(files_below(root, skip, {os.path.realpath(root)}))
         if labeled:
             files = [file for file in files if "/" in file]
-            folders = [file.partition("/")[0] for file in files]
-            classes, targets = numpy.unique(folders, return_inverse=True)
+            classes, targets = numpy.unique(
+                [file.partition("/")[0] for file in files], return_inverse=True)
             self.classes = classes.tolist()
             self.targets = torch.from_numpy(targets)
         # One buffer is sent to a loader process quickly, and a million strings would not be.
@@ -1428,6 +1426,9 @@ def start_server():
     """Starts the process that forks all loader processes. It has no threads, while a fork beside
     the threads of gloo or autograd may never return. It imports the libraries while the run
     prepares."""
+    tempfile.tempdir = "/tmp"                               # the path of a socket must be short
+    # This has to be there first, as its start unblocks signals.
+    resource_tracker.ensure_running()
     # The loaders inherit that signals are blocked: they must not end before the run has ended a
     # step.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -1436,12 +1437,18 @@ def start_server():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def let_go(_):
+    """In a loader process: closes its end of a pipe that would keep the server alive. So if the run
+    is killed, the server ends, and PyTorch ends loaders that have lost their parent."""
+    os.close(forkserver._forkserver._forkserver_alive_fd)
+
+
 def loader(views, lists):
     """The batches of the lists, made by loader processes, or by this one if there are none."""
     cfg = views.cfg
     return torch.utils.data.DataLoader(
         views, batch_size=None, sampler=lists, num_workers=cfg.workers,
-        pin_memory=cfg.device == "cuda",
+        pin_memory=cfg.device == "cuda", worker_init_fn=let_go,
         multiprocessing_context="forkserver" if cfg.workers else None)
 
 
@@ -1742,8 +1749,8 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
                     draw_neighbors(model, cfg, train, out / name)
 
             # Save a checkpoint. End if a signal has come, or if the work is done.
-            every = cfg.checkpoint_every or per_epoch       # in steps
-            if step > start and (stop or ends_epoch or step % every == 0):
+            if step > start and (
+                    stop or ends_epoch or step % (cfg.checkpoint_every or per_epoch) == 0):
                 save(step)
             if stop:
                 raise Interrupted
@@ -1900,8 +1907,9 @@ def find_neighbors(model, cfg, train):
     runs can be compared. It leaves the model in eval mode."""
     batch = fixed_views(train, cfg)
     model.eval()
+    views = augment(batch, cfg).chunk(2)
     with autocast(cfg):
-        embeddings = model(*augment(batch, cfg).chunk(2))
+        embeddings = model(*views)
     _, pairs = model.method.loss(*(e.float() for e in embeddings))
     a, b = (e.cpu() for e in pairs[0])
     eps, H = local_mask(a, b, AdaptiveThreshold(cfg.quantile))
@@ -1953,8 +1961,8 @@ def place_in_class(labels):
     """For each entry: how many of its class stand before it."""
     counts = labels.bincount()
     before = counts.cumsum(0) - counts                      # how many are of the classes before
-    sorted_place = labels.argsort(stable=True).argsort()
-    return sorted_place - before[labels]
+    # argsort twice: the place of each entry, if they are sorted by class.
+    return labels.argsort(stable=True).argsort() - before[labels]
 
 
 def labeled_pictures(cfg, targets):
@@ -1979,8 +1987,7 @@ def split_labels(cfg, targets):
     labeled = labeled[permutation(len(labeled), cfg.seed, "holdout")]
     labels = targets[labeled]
     counts = labels.bincount()
-    tenth = (counts // 10).clamp(min=1).minimum(counts - 1)
-    held = place_in_class(labels) < tenth[labels]
+    held = place_in_class(labels) < (counts // 10).clamp(min=1).minimum(counts - 1)[labels]
     return labeled[~held], labeled[held]
 
 
@@ -2056,8 +2063,7 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
     knn = nearest_neighbors(x_fit, y_fit, x_val, y_val)
 
     # The probe is done. Its checkpoint would stand in the way of another one.
-    if RANK == 0:
-        checkpoint.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return dict(
         top1=percent(top1), top5=percent(right.any(1)), knn=percent(knn), rate=float(RATES[best]),
         holdout=dict(zip(RATES, holdout)), train=len(rows), held_out=len(hold), val=len(y_val),
@@ -2200,8 +2206,8 @@ def run(cfg, argv, signals):
         # Two lines: the result, and what has emerged from the first epoch to the last.
         if RANK == 0:
             print(f"{one_line(out)}: {result}")
-            log = read_log(out / "metrics.jsonl")
-            epochs = [event for event in log if event["event"] == "epoch"]
+            epochs = [
+                event for event in read_log(out / "metrics.jsonl") if event["event"] == "epoch"]
             for figures in epochs[:1] + epochs[1:][-1:]:
                 print(in_words(figures))
 

@@ -847,7 +847,6 @@ COMMANDS = """
 --data cifar10 --threshold oracle | oracle cifar100
 --label-fraction 0.01 | --label-fraction 0.2143
 --device cuda | --device cpu
-TMPDIR=a_folder_whose_name_is_longer_than_what_a_socket_has_room_for_in_linux | TMPDIR=/tmp
 RANK=1 | WORLD_SIZE torchrun
 RANK=x WORLD_SIZE=1 LOCAL_RANK=0 MASTER_PORT=1 | RANK torchrun
 SLURM_STEP_NUM_TASKS=8 | srun torchrun
@@ -860,9 +859,6 @@ def test_a_wrong_command_is_one_line_with_its_remedy(line, monkeypatch, refused)
     variable = r"\b([A-Z_]+)=(\S+)"
     for name, value in re.findall(variable, command):
         monkeypatch.setenv(name, value)
-        if name == "TMPDIR":
-            os.mkdir(value)
-    monkeypatch.setattr("tempfile.tempdir", None)           # it is found again
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     line = refused("--workers 2", re.sub(variable, "", command), status=2)
     assert all(word in line for word in words.split())
@@ -1524,6 +1520,8 @@ def test_imagenet_is_probed_on_live_crops_and_goes_on_after_a_signal(labelled, m
     assert torch.load("o/probe.pt")["step"] == 3
     trained(command)
     assert probe_of() == whole
+    trained(command, "--label-fraction 0.5")                # another probe in the same folder
+    assert probe_of()["train"] == 10
 
 
 def test_bad_files_are_named_or_skipped_and_results_say_of_how_many_pictures(
@@ -1656,9 +1654,23 @@ def test_what_a_run_leaves(finished):
     assert width == height >= 8 * 64
 
 
-def test_a_run_with_loader_processes_is_one_without(finished):
+def test_a_run_with_loader_processes_is_one_without(finished, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "too long a folder for a socket, or none")
     command = f"{SHORT} --workers 1"
     assert weights(trained(command)) == weights(trained(SHORT, out="alone"))
+
+
+def test_a_signal_to_all_processes_does_not_end_the_loaders():
+    before, masks = {*multiprocessing.active_children()}, []
+
+    def look():
+        worker, = {*multiprocessing.active_children()} - before
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        masks.append(int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16))
+
+    with at_step(2, look):
+        trained(SMALL, "--workers 1")
+    assert masks[0] >> signal.SIGTERM - 1 & 1               # it is blocked
 
 
 @cases("threshold, eps", [("step", [0.9, 0.8]), ("cosine", [0.9, 0.6])])
@@ -1978,7 +1990,7 @@ def ranks(processes, monkeypatch):
     """When all ranks have ended well, this works in their folder."""
     folder, started = processes
     for process in started:
-        process.join(200)
+        process.join(900)
         process.kill()                              # it hangs, if it is still there
         assert process.exitcode == 0, f"see the logs in {folder}"
     monkeypatch.chdir(folder)
