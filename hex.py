@@ -8,9 +8,9 @@ InfoNCE pulls the two views of an image together, and pushes all other images of
 one rule. But training makes some of them look like the anchor, and they often share its meaning.
 HEX therefore splits the other images, the anchor's negatives, at a threshold eps on similarity:
 
-    G(i), the global negatives, are not above eps. They are treated as in InfoNCE.
-    H(i), the local negatives (the neighbors), are above eps. They have weights Q: the nearest are
-    pushed harder than by InfoNCE, and the others less.
+    G(i) has the global negatives, with s_ij <= eps. They are treated as in InfoNCE.
+    H(i) has the local negatives (the neighbors), with s_ij > eps. They have weights Q: the nearest
+    are pushed harder than by InfoNCE, and the others less hard.
 
 For N images with two views each there are 2N normalized embeddings z. Below, i and j run over
 these 2N embeddings, p is the other view of the image of i, s_ij = z_i . z_j is the cosine
@@ -32,7 +32,7 @@ the neighbors get no gradient. With N = 256 and q = 0.99, |H(i)| is about 5 of 5
 How each part is known:
 
     From the paper's abstract and its overview figure: the split; a local term that is weighted; a
-    threshold that falls in training.
+    threshold that falls in training. (The adaptive one follows the similarities, wherever they go.)
     From the authors' code alone: the mean of quantiles, the fixed schedules, the warm-up, beta,
     tau_plus, the floor, the recipes.
     Inferred here: that Q is the weighting of Robinson et al. (ICLR 2021), that |H(i)| takes the
@@ -50,8 +50,9 @@ HEX can be added to any self-supervised method that gives pairs of embeddings (a
     torchrun --nproc-per-node 8 hex.py --data imagenet --root DIR   paper scale
     python hex.py --data folder --root DIR --recipe small           your own unlabeled pictures
 
-The sections, from what stands alone to what uses all: the loss, its variants, many processes,
-methods, settings, backbones, data and views, optimizer, training, evaluation, the command.
+It needs Linux and Python 3.11 or later. Its sections, of which each mostly uses those before it:
+the loss, its variants, many processes, methods, settings, backbones, data and views, optimizer,
+training, evaluation, the command.
 """
 import argparse
 import copy
@@ -89,10 +90,11 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 # === The loss =====================================================================================
-# It needs math, dataclasses and torch alone, and can be copied into another project. Every function
-# here is pure: it sees all images that share the loss, and knows nothing of processes or files.
+# This section needs only math, dataclasses and torch, and can be copied into another project. Its
+# functions are pure. They get all images that share a loss, and use no other process and no file.
 
 def require(condition, message):
+    """Raises a ValueError with the message if the condition is not true."""
     if not condition:
         raise ValueError(message)
 
@@ -100,8 +102,9 @@ def require(condition, message):
 def similarities(a, b, temperature):
     """Compares the views of N images with each other. a, b: (N, D), row i is a view of image i.
 
-    Returns s (2N, 2N), the cosine similarity of all views; s_p (2N,), that of each view and the
-    other view of its image; negative (2N, 2N), true where two views are of different images.
+    Returns s (2N, 2N), the cosines of all views, in the order of cat([a, b]); s_p (2N,), the cosine
+    of each view and the other view of its image; and negative (2N, 2N), bool, true where two views
+    are of different images. temperature is only checked.
     ValueError: shapes that differ, N < 2, a temperature that is not above 0 and finite.
     """
     require(
@@ -155,8 +158,9 @@ def hex_nce(a, b, temperature=0.1, *, threshold=None, beta=1.0, tau_plus=0.1,
     del s                                                   # the matrix is large
 
     def exp(x, top):
-        # x - top exceeds 60 only in a row that is at its floor, or if tau_plus is 0. The result
-        # does not matter there, and the limit keeps it finite.
+        # x - top may exceed 60 in two cases. In a row that is at its floor, or has an empty H, the
+        # floor is taken in place of the local term. If tau_plus is 0, the result is multiplied by
+        # 0. The limit is needed in both, as 0 times infinity would be NaN.
         return (x - top).clamp(max=60).exp()
 
     # Here `local` is the formula's local term divided by |H(i)|, in units of e^top_near: a weighted
@@ -204,14 +208,15 @@ def statistics_of(eps, size, clamped):
     H is empty. clamped: of the other anchors, the share whose local term is at its floor.
     """
     some = size.sign()                                      # 1 where H is not empty, else 0
-    at_floor = (some * clamped).sum() / some.sum().clamp(min=1)
-    return dict(threshold=eps, local=size.mean(), empty=1 - some.mean(), clamped=at_floor)
+    return dict(
+        threshold=eps, local=size.mean(), empty=1 - some.mean(),
+        clamped=(some * clamped).sum() / some.sum().clamp(min=1))
 
 
 @torch.no_grad
 def split(s, negative, threshold, epoch, count_all=False):
-    """Returns eps (a scalar, for the log), and H (2N, 2N): the negatives that the threshold calls
-    local. s: the similarities, (2N, 2N).
+    """Returns eps (a scalar, for the log), and H (2N, 2N), bool: the negatives that the threshold
+    calls local. s, negative: (2N, 2N), from `similarities`. threshold, epoch: as in hex_nce.
 
     count_all: eps is a quantile of all similarities, not of those with negatives alone.
     ValueError: the threshold is neither a finite number nor a function (see AdaptiveThreshold).
@@ -224,7 +229,7 @@ def split(s, negative, threshold, epoch, count_all=False):
         is_number = isinstance(threshold, int | float) and math.isfinite(threshold)
         require(is_number, f"threshold = {threshold!r} is neither a finite number nor a function")
         eps, above = threshold, s > threshold
-    return s.new_zeros(()) + eps, negative & above
+    return s.new_zeros(()) + eps, negative & above          # eps may be a float: make it a tensor
 
 
 @dataclass
@@ -233,7 +238,7 @@ class AdaptiveThreshold:
     quantile of a view's similarities.
 
     quantile: q, between 0 and 1. It is not interpolated: of k sorted entries, it is the one at
-    round(q (k - 1)).
+    round(q (k - 1)), counted from 0. ValueError: q is not between 0 and 1.
     """
     quantile: float = 0.99
 
@@ -245,21 +250,23 @@ class AdaptiveThreshold:
         or None for all. Returns eps, and where s is above it."""
         k = len(s)
         if counted is not None:
-            k -= 2                                          # the view itself, and its positive
-            s = s.where(counted, -2)
-        from_top = k - round(self.quantile * (k - 1))
+            k -= 2                                          # without the view and its positive
+            s = s.where(counted, -2)                        # below all cosines: they come last
+        from_top = k - round(self.quantile * (k - 1))       # 1 means the largest
         eps = s.topk(from_top).values[:, -1].mean()
         return eps, s > eps
 
 
 def local_mask(a, b, threshold=None, epoch=0):
-    """Returns eps (a scalar) and H (2N, 2N) of the embeddings a, b: (N, D), as in hex_nce."""
-    s, _, negative = similarities(a, b, 1)
+    """Returns eps (a scalar) and H (2N, 2N), bool, of the embeddings a, b: (N, D). Arguments and
+    ValueErrors are those of hex_nce. No gradient passes."""
+    s, _, negative = similarities(a, b, 1)                  # they do not depend on a temperature
     return split(s, negative, threshold, epoch)
 
 
 # === Variants of the loss =========================================================================
-# They are as pure as the loss, and take the same a, b and temperature.
+# These functions are pure, too. a, b, temperature, threshold and epoch are those of hex_nce, and so
+# are the ValueErrors.
 
 def info_nce(a, b, temperature=0.1):
     """InfoNCE, or NT-Xent (Chen et al. 2020): all negatives are global. Returns a scalar."""
@@ -276,7 +283,7 @@ def dcl(a, b, temperature=0.1):
 
 
 def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
-    """What the authors' public code computes: DCL of the global negatives, and a constant.
+    """What the authors' public code computes: DCL over the global negatives, plus a constant.
 
     Its local term is always at its floor, for all 2N - 2 negatives, and outside of the logarithm.
     So it carries no gradient. Its quantile counts the anchor itself and its positive, too. Returns
@@ -287,18 +294,20 @@ def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
     G = negative & ~H
     size = H.sum(1).to(s.dtype)
 
-    # Where no negative is global, their sum is 1.
-    logits = (s / temperature).where(G, -math.inf)
-    log_sum = logits.logsumexp(1).where(G.any(1), 0)
+    # In a row without global negatives, the sum is taken as 1, whose logarithm is 0.
+    log_sum = (s / temperature).where(G, -math.inf).logsumexp(1).where(G.any(1), 0)
 
     constant = (len(s) - 2) * math.e ** (-1 / temperature)
     return (log_sum - s_p / temperature).mean() + constant, statistics_of(eps, size, size > 0)
 
 
 class Schedule:
-    """A threshold that depends on the epoch alone (the authors' code). Each row of similarities is
-    rescaled, so that its smallest entry is 0 and the anchor itself is 1. Local is what is then
-    above self.at(epoch)."""
+    """A threshold that depends on the epoch alone (the authors' code).
+
+    Each row of similarities is rescaled, so that its smallest entry is 0, and the anchor itself 1.
+    Negatives are local if they are above self.at(epoch) on this scale. So the eps in the log is not
+    a cosine here, unlike a threshold that is a number.
+    """
 
     def __call__(self, s, counted, epoch):
         eps = self.at(epoch)
@@ -308,7 +317,7 @@ class Schedule:
 
 @dataclass
 class StepThreshold(Schedule):
-    """`start`, falling by `drop` every `every` epochs, but not below 0."""
+    """Starts at `start`, and falls by `drop` every `every` epochs (at least 1), but not below 0."""
     start: float = 0.9
     drop: float = 0.1
     every: int = 10
@@ -319,7 +328,7 @@ class StepThreshold(Schedule):
 
 @dataclass
 class CosineThreshold(Schedule):
-    """From `start` to `end` over `epochs` (at least 1), by half a cosine."""
+    """Falls from `start` to `end` over `epochs` epochs (at least 1), along half a cosine."""
     start: float = 0.9
     end: float = 0.3
     epochs: int = 100
@@ -329,14 +338,17 @@ class CosineThreshold(Schedule):
 
 
 def half_cosine(done):
-    """Falls from 1 to 0 as `done` rises from 0 to 1."""
+    """Returns a float that falls from 1 to 0 along half a cosine as `done` rises from 0 to 1."""
     return (1 + math.cos(math.pi * done)) / 2
 
 
 @dataclass
 class OracleHierarchy:
-    """Local is what has the anchor's super-class. It reads labels, so training with it is NOT
-    self-supervised: it is a diagnostic. labels: (N,), of the images that share the loss."""
+    """Negatives are local if they have the anchor's super-class. There is no eps: it is NaN.
+
+    It reads labels, so that training with it is NOT self-supervised. It is a diagnostic. labels:
+    (N,), of the images that share the loss, in their order, on the device of the embeddings.
+    """
     labels: torch.Tensor
 
     def __call__(self, s, counted, epoch):
@@ -363,8 +375,9 @@ def gather(x):
     Only this rank's own rows carry a gradient. So where every rank computes the same loss of all
     rows, the sum over the ranks of their gradients is the gradient of that loss. (A wrapper that
     takes the mean instead, such as DistributedDataParallel, needs the loss times the ranks.)
-    ValueError: the ranks have different shapes. As this check takes time, it is made only when a
-    shape is new, so all ranks must come to a new shape in the same call.
+    All ranks must call it with contiguous tensors of the same shape and dtype. ValueError: the
+    shapes differ. To save time, a rank takes part in this check only when a shape is new to it. If
+    the shape is new to some ranks and known to others, they hang or fail without this error.
     """
     if not dist.is_initialized():
         return x
@@ -376,7 +389,7 @@ def gather(x):
 
 
 def everywhere(content):
-    """What each rank has given, in their order."""
+    """Returns a list of what each rank has given, in the order of the ranks."""
     contents = [content]
     if dist.is_initialized():
         contents *= dist.get_world_size()
@@ -391,7 +404,7 @@ def check_shape(shape):
 
 
 def add_over_ranks(tensors, divide_by=1):
-    """Each of the tensors becomes its sum over the ranks, divided by a number, in one call."""
+    """Replaces each tensor by its sum over the ranks, divided by a number, with one all_reduce."""
     if RANKS > 1 and tensors:
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat)
@@ -400,7 +413,7 @@ def add_over_ranks(tensors, divide_by=1):
 
 
 def agree(content, what):
-    """Waits for all ranks. CommandError: they do not hold the same content."""
+    """Waits for all ranks. CommandError, on all ranks: they have not given the same content."""
     contents = everywhere(content)
     if contents != [content] * len(contents):
         raise CommandError(f"the ranks see different {what}: give all the same")
@@ -435,7 +448,8 @@ class Method(nn.Module):
     its heads (see mlp); and alpha, and scale if there is one, the weights of HEX (see HEX).
     It has forward, which is the heavy part, and loss(*embeddings), which returns its own loss (a
     scalar) and the pairs [(a, b), ...] of embeddings (N, dim) that HEX can work on.
-    backbone: (B, 3, S, S) -> (B, width). norm: a function of the width, such as nn.BatchNorm1d.
+    backbone: (B, 3, S, S) -> (B, width). norm: a function of a width and of affine=True or False
+    that returns a layer (B, width) -> (B, width), such as nn.BatchNorm1d.
     With the setting ema there is a target, a copy of backbone and projector that follows them, and
     whose momentum rises from ema to 1. Its BatchNorm statistics are its own. With the setting queue
     there is a queue of that many embeddings. ValueError: a setting that the method does not have.
@@ -458,7 +472,11 @@ class Method(nn.Module):
             self.register_buffer("queue", F.normalize(queue))
 
     def forward(self, x1, x2):
-        """Two views (N, 3, S, S) -> [p1, p2,] z1, z2 [, t1, t2], each (N, dim)."""
+        """Two views (N, 3, S, S) -> the tuple [p1, p2,] z1, z2 [, t1, t2], each (N, dim).
+
+        z1, z2: the projections. p1, p2: the predictions, if there is a predictor. t1, t2: the
+        projections of the target, if there is one. They carry no gradient.
+        """
         # Both views go through in one pass, so that they are one BatchNorm batch.
         x = torch.cat([x1, x2])
         z = self.projector(self.backbone(x))
@@ -482,10 +500,11 @@ class Method(nn.Module):
 
 
 def mlp(layers, fan_in, norm, widths):
-    """A head, with a ReLU between its layers. layers: for example "hidden+norm dim". Each word is a
-    Linear, whose output width is widths[word]. "+norm" puts a norm behind it, "+plain_norm" a norm
-    without weights. A Linear before a norm has no bias."""
-    modules = []
+    """A head (B, fan_in) -> (B, widths[last word]), with a ReLU between its layers. layers: for
+    example "hidden+norm dim". Each word is a Linear, whose output width is widths[word]. "+norm"
+    puts a norm behind it, "+plain_norm" a norm without weights. A Linear before a norm has no bias.
+    widths: a dict. norm: as in Method."""
+    modules = []                                            # ends with a ReLU, which is cut off
     for layer in layers.split():
         name, _, kind = layer.partition("+")
         fan_out = widths[name]
@@ -498,7 +517,8 @@ def mlp(layers, fan_in, norm, widths):
 
 
 def one_way_nce(pairs, temperature):
-    """The sum over the pairs (a, b) of InfoNCE of each a_i against all b_j, and no other a_j."""
+    """InfoNCE from a to b, summed over the pairs (a, b). The positive of a_i is b_i, and its
+    negatives are the other b_j, but no a_j. a, b: (N, dim). Returns a scalar."""
     total = 0
     for a, b in pairs:
         logits = F.normalize(a) @ F.normalize(b).T / temperature
@@ -507,12 +527,12 @@ def one_way_nce(pairs, temperature):
 
 
 def cosine(p, t):
-    """The mean cosine of the predictions p and their targets t, which are held still."""
+    """The mean cosine of the predictions p and the targets t, (N, dim). t gets no gradient."""
     return F.cosine_similarity(p, t.detach()).mean()
 
 
 class SimCLR(Method):
-    """Chen et al. 2020. The projector is that of HEX's authors: without BatchNorm."""
+    """Chen et al. 2020. The projector is that of HEX's authors, which has no BatchNorm."""
     alpha = 1.0
     settings = dict(hidden=2048, dim=128, temperature=0.1)
     projector_layers = "hidden dim"
@@ -522,14 +542,15 @@ class SimCLR(Method):
 
 
 class NNCLR(Method):
-    """Dwibedi et al. 2021: an anchor is its nearest neighbor in a queue of past embeddings."""
+    """Dwibedi et al. 2021. In place of an anchor stands its nearest neighbor in a queue of earlier
+    embeddings."""
     alpha = 1.0
     settings = dict(hidden=2048, dim=256, predictor=4096, queue=98304, temperature=0.1)
     projector_layers = "hidden+norm hidden+norm dim+norm"
     predictor_layers = "predictor+norm dim"
 
     def nearest(self, z):
-        """The entry of the queue that is most similar to each z, whose length does not matter."""
+        """The entry of the queue that is most similar to each row of z, (N, dim) of any length."""
         return self.queue[(z @ self.queue.T).argmax(1)]
 
     def loss(self, p1, p2, z1, z2):
@@ -545,7 +566,8 @@ class NNCLR(Method):
 
 
 class MoCoV3(Method):
-    """Chen et al. 2021. HEX on it is our extension."""
+    """Chen et al. 2021, whose own loss has the factor 2 tau. HEX, between predictions and targets,
+    is our extension."""
     alpha = 1.0
     settings = dict(hidden=4096, dim=256, predictor=4096, ema=0.99, temperature=1.0)
     projector_layers = "hidden+norm dim+plain_norm"
@@ -557,7 +579,7 @@ class MoCoV3(Method):
 
 
 class BYOL(Method):
-    """Grill et al. 2020. HEX on it, between the online projections, is our extension."""
+    """Grill et al. 2020. HEX, between the online projections, is our extension."""
     settings = dict(hidden=4096, dim=256, predictor=4096, ema=0.99)
     projector_layers = "hidden+norm dim"
     predictor_layers = "predictor+norm dim"
@@ -567,7 +589,7 @@ class BYOL(Method):
 
 
 class SimSiam(Method):
-    """Chen and He 2021. HEX on it, between the projections, is our extension."""
+    """Chen and He 2021. HEX, between the projections, is our extension."""
     settings = dict(hidden=2048, dim=2048, predictor=512)
     projector_layers = "hidden+norm hidden+norm dim+plain_norm"
     predictor_layers = "predictor+norm dim"
@@ -617,9 +639,10 @@ class HEX(nn.Module):
     method: a Method, or any module with its forward and loss. alpha and scale are by default the
     method's, or 0.1 and 1. The own loss is used alone if the loss is "base", and in the first
     `warmup` epochs. But if a warmup_threshold is given, these epochs have the whole loss, with that
-    threshold. After the warm-up, the own loss is not used if alpha = 1. of_hex: more options of
-    hex_nce. ValueError: an unknown loss, a forward that returns a bare tensor, a method that gives
-    no pairs.
+    threshold. After the warm-up, the own loss is not used if alpha = 1. temperature: that of
+    LOSSES[loss]; the method's own loss has another. threshold: as in hex_nce, for "hex" and
+    "released". of_hex: beta, tau_plus and decoupled, which only "hex" uses. ValueError: an unknown
+    loss, a forward that returns a bare tensor, a method that gives no pairs.
     """
     def __init__(self, method, loss="hex", *, alpha=None, scale=None, temperature=0.1,
                  threshold=None, warmup=0, warmup_threshold=None, **of_hex):
@@ -642,9 +665,11 @@ class HEX(nn.Module):
         return embeddings
 
     def loss(self, *embeddings, epoch=0):
-        """The embeddings of all N images -> the loss (a scalar), statistics (detached scalars).
+        """The embeddings of all N images, each (N, dim) -> the loss (a scalar) and statistics.
 
-        epoch: from 0, for the warm-up and scheduled thresholds.
+        It is computed in float32 or better, even under autocast. epoch: from 0, for the warm-up and
+        scheduled thresholds. The statistics are a dict of detached scalars: "own", the method's own
+        loss; those of hex_nce; and under the name of the loss, its mean over the pairs.
         """
         threshold, pair_loss = self.threshold, self.pair_loss
         if epoch < self.warmup:
@@ -665,7 +690,7 @@ class HEX(nn.Module):
             if pair_loss:
                 require(pairs, f"loss = {self.name!r} needs pairs (a, b); the method gave none")
                 if self.alpha == 1:
-                    loss = 0                                # its graph is freed
+                    loss = 0                                # not used; this frees its graph
                 values = [pair_loss(a, b, self.temperature, **options) for a, b in pairs]
                 more = [{}]
                 if options:
@@ -676,8 +701,10 @@ class HEX(nn.Module):
                     stats[key] = sum(each[key] for each in more) / len(pairs)
                 stats[self.name] = mean.detach()
 
-        # Each embedding gets a gradient, be it 0, since DistributedDataParallel waits for all.
-        # Where the squares overflow, 0 times infinity makes the loss NaN: no norm of them is sound.
+        # This adds 0, for two reasons. DistributedDataParallel waits for the gradients of all
+        # parameters, so that an embedding which has no part in the loss needs a gradient of 0. And
+        # if a square overflows, 0 times infinity is NaN: the loss shows that this embedding is too
+        # large for its length to be computed.
         for e in embeddings:
             loss = loss + 0 * e.square().sum()
         return loss, stats
@@ -691,7 +718,7 @@ class HEX(nn.Module):
 # ruff: noqa: F722
 
 class UserError(Exception):
-    """What the user can mend. Its text is one line, which says how."""
+    """An error that the user can mend. Its text is one line, which says how."""
     status = 1                                              # the exit status
 
 
@@ -714,6 +741,7 @@ def within(low, high):
 
 
 def path(text):
+    """The type of a setting: a path, which becomes absolute."""
     if text:
         return os.path.abspath(text)
     raise argparse.ArgumentTypeError("is empty; leave it out")
@@ -723,28 +751,29 @@ Count, Positive = within(0, 2**31), within(1, 2**31)
 Share, Weight, Rate = within(0.0, 1.0), within(0.0, 1e6), within(1e-9, 1e6)
 
 
+# eq=False keeps these objects hashable, so that functions with @cache can take them.
 @dataclass(eq=False)
 class Experiment:
     """The settings that a result depends on. Together with the data they identify an experiment, of
     which a run's folder holds one."""
-    data: "shapes cifar10 cifar100 imagenet folder" = "shapes"  # to train on
-    method: " ".join(METHODS) = "simclr"  # the SSL method
-    loss: " ".join(LOSSES) = "hex"  # base: the method's own, alone
-    seed: Count = 0  # of weights, order and views
-    probe: path = None  # evaluate this backbone.pt and do nothing else
+    data: "shapes cifar10 cifar100 imagenet folder" = "shapes"  # the data to train on
+    method: " ".join(METHODS) = "simclr"  # the self-supervised method
+    loss: " ".join(LOSSES) = "hex"  # the loss on the pairs; base: none, but the method's own alone
+    seed: Count = 0  # seed of the weights, the order and the views
+    probe: path = None  # do not train, but evaluate this backbone.pt
 
     # The loss.
-    alpha: Share = None  # weight of the loss against the method's own
-    temperature: Rate = 0.1  # tau
-    threshold: "adaptive step cosine oracle" = "adaptive"  # oracle: from LABELS
+    alpha: Share = None  # weight of the loss; the method's own has 1 - alpha
+    temperature: Rate = 0.1  # tau of the loss, and of the method's own loss if it has one
+    threshold: "adaptive step cosine oracle" = "adaptive"  # what decides on H; oracle reads LABELS
     quantile: within(1e-6, 1 - 1e-6) = 0.99  # q of the adaptive threshold
     drop: Share = 0.1  # what the step threshold falls by
-    drop_every: Positive = None  # the epochs after which it falls
-    beta: Weight = 1.0  # how much the nearest weigh in Q
+    drop_every: Positive = None  # epochs between two falls of the step threshold
+    beta: Weight = 1.0  # how much more the nearest weigh in Q; with 0 all weigh the same
     tau_plus: within(0.0, 1 - 1e-6) = 0.1  # assumed share of positives in H
     decoupled: bool = False  # HEX without the positive in the sum
-    hex_warmup: Count = None  # first epochs, with the method's own loss
-    warmup_threshold: Share = None  # in these epochs, HEX with this threshold instead
+    hex_warmup: Count = None  # number of first epochs with the method's own loss alone
+    warmup_threshold: Share = None  # use HEX in these epochs, and this cosine as its eps
 
     # The network.
     backbone: str = None  # a torchvision classifier, resnet10_narrow, or pixels
@@ -755,40 +784,40 @@ class Experiment:
     queue: Positive = None  # embeddings in NNCLR's queue
     ema: Share = None  # momentum of the target at the start
 
-    # The views. Of two numbers, each is for one view.
+    # The views. Where an option has two numbers, they are for view 1 and for view 2.
     size: within(8, 4096) = 32  # side of a view in pixels
     crop_min: Share = 0.08  # least share of the picture in a view
-    jitter: [Share] * 4 = None  # most change of brightness, contrast, saturation, hue
+    jitter: [Share] * 4 = None  # largest change of brightness, contrast, saturation and hue
     grayscale: Share = 0.2  # share of gray views
     blur: [Share] * 2 = None  # share of blurred views
     solarize: [Share] * 2 = None  # share of solarized views
 
     # The training.
-    epochs: Count = None  # 0 evaluates a random backbone
+    epochs: Count = None  # epochs of training; 0 evaluates a random backbone
     batch_size: within(2, 2**31) = 256  # images in one loss
     accumulate: Positive = 1  # losses in one step (adds no negatives)
     lr: Rate = 0.3  # base rate; the rate is lr * batch_size * accumulate / 256
     lr_warmup: Count = None  # epochs of linear rise
-    weight_decay: Weight = 1e-4  # L2, not on biases and norms
+    weight_decay: Weight = 1e-4  # L2 decay, but not of biases and norms
     eta: Rate = 0.02  # trust coefficient of LARS
     clip: bool = True  # LARS lowers the rate of a layer, but never raises it
-    amp: "off bf16 fp16" = None  # autocast; off on a CPU, fp16 on a GPU
+    amp: "off bf16 fp16" = None  # autocast; by default off on a CPU and fp16 on a GPU
 
 
 @dataclass(eq=False)
 class Config(Experiment):
-    """With the settings that only concern how it is run, and how it is evaluated."""
+    """All settings: those of an Experiment, and those of how it is run and evaluated."""
     recipe: "shapes small cifar imagenet" = None  # source of defaults; chosen by the data
-    root: path = None  # DIR/{train,val}/<class>/*, pictures anywhere below, or CIFAR's archive
+    root: path = None  # folder with {train,val}/<class>/*, or any pictures, or CIFAR's archive
     out: path = None  # folder for results; by default runs/<data>-<method>-<loss>-s<seed>
-    skip_bad_files: bool = False  # replace an unreadable file by the next, and say so
+    skip_bad_files: bool = False  # take the next file in place of an unreadable one, and say so
     probe_epochs: Positive = 100  # epochs of the linear probe
-    label_fraction: Share = 1.0  # share of the train labels it sees, class-balanced
-    device: "cpu cuda" = None  # cuda where there is one
+    label_fraction: Share = 1.0  # share of the train labels the probe sees, balanced over classes
+    device: "cpu cuda" = None  # by default cuda if a GPU is visible
     workers: within(0, 256) = None  # loader processes for each rank
     compile: bool = False  # torch.compile the method, the augmentation and the loss
-    deterministic: bool = False  # on a GPU, the same bytes again; slower
-    checkpoint_every: Positive = None  # steps between checkpoints, beside each epoch's
+    deterministic: bool = False  # a run on a GPU can be repeated bit by bit, but is slower
+    checkpoint_every: Positive = None  # steps between checkpoints, besides one after each epoch
     log_every: Positive = 10  # steps between lines of metrics.jsonl
 
 
@@ -838,11 +867,13 @@ imagenet vicreg: --jitter 0.4 0.4 0.2 0.1 --blur 1 0.1 --solarize 0 0.2
 
 
 def flag(name):
+    """The option of a setting: "--batch-size" of "batch_size"."""
     return "--" + name.replace("_", "-")
 
 
 @cache                                                      # reading the source takes time
 def make_parser():
+    """The argparse parser of all options. What is not given does not appear in its result."""
     def fail(message):
         raise CommandError(message)
 
@@ -851,6 +882,8 @@ def make_parser():
     source = inspect.getsource(Experiment) + inspect.getsource(Config)
     comments = dict(re.findall(r"(\w+): .*  # (.*)", source))
     for field in fields(Config):
+        # With SUPPRESS, an option that is not given sets nothing. So parse_args(argv, cfg) changes
+        # only those fields of cfg whose options stand in argv.
         how = dict(default=argparse.SUPPRESS, help=f"{comments[field.name]} [{field.default}]")
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -903,11 +936,16 @@ def parse(argv):
 
 
 def has_files(cfg):
+    """Whether the pictures are read from files, and are not in memory."""
     return cfg.data in ("imagenet", "folder")
 
 
 def options_of_run(given):
-    """What the config.json beside a backbone that is probed says of it, as options."""
+    """Returns options that describe the backbone of --probe, from the config.json beside it.
+
+    given: a dict of the options of the command line. CommandError: it needs the file, and there is
+    none.
+    """
     needed = {"backbone", "norm", "size", "data"}
     if "probe" not in given or given.keys() >= needed:
         return []
@@ -927,6 +965,7 @@ def options_of_run(given):
 # have no effect, and are refused. The value /.* stands for any path.
 IDLE = """
 loss base: alpha hex_warmup
+hex_warmup 0: warmup_threshold
 loss base|infonce|dcl: threshold quantile drop drop_every warmup_threshold
 loss base|infonce|dcl|released: beta tau_plus decoupled
 threshold step|cosine|oracle: quantile
@@ -943,7 +982,8 @@ probe /.*: blur solarize epochs batch_size accumulate lr lr_warmup weight_decay 
 
 
 def check(cfg, given):
-    """CommandError: an option that would have no effect, or options that contradict each other."""
+    """Looks at a Config as a whole. given: a dict of the options of the command line. CommandError:
+    an option would have no effect, or settings do not go together."""
     for setting, values, names in re.findall(r"(\w+) (.*): (.*)", IDLE):
         value = getattr(cfg, setting)
         for name in names.split():
@@ -977,13 +1017,14 @@ def check(cfg, given):
 # All but two of them are torchvision's. Their weights are drawn in build_model, from the seed.
 
 def group_norm(channels, affine=True):
-    """GroupNorm with 16 channels a group, where they divide."""
+    """GroupNorm for (B, channels, ...). A group has 16 channels if 16 divides their number, else
+    more."""
     groups = math.gcd(channels, channels // 16 or 1)
     return nn.GroupNorm(groups, channels, affine=affine)
 
 
 def resnet10_narrow(norm_layer=nn.BatchNorm2d):
-    """A ResNet-10 of 16 to 128 channels, for a CPU.
+    """A ResNet-10 of 16 to 128 channels, for a CPU: (B, 3, S, S) -> (B, 1000).
 
     SiLU takes the place of ReLU. It has no kink, at which a rounding error would make the gradients
     of two ranks differ from those of one process.
@@ -1005,8 +1046,9 @@ def resnet10_narrow(norm_layer=nn.BatchNorm2d):
 
 
 def build_backbone(name, size=224, norm="batch"):
-    """A torchvision classifier, or resnet10_narrow, without its last Linear. Returns it, and the
-    width of its features: (B, 3, size, size) -> (B, width). CommandError: it cannot be built.
+    """A torchvision classifier or resnet10_narrow without its last Linear. Returns it (in training
+    mode) and the width of its features: (B, 3, size, size) -> (B, width). norm: "batch", which is
+    the model's own normalization, or "group". CommandError: it cannot be built.
 
     "pixels" has no weights: its features are the pixels, as a baseline for the probe.
     """
@@ -1053,25 +1095,25 @@ MEAN_STD = dict(
 
 
 def rng_of(*key):
-    """A random generator that depends on the key alone."""
+    """A random.Random whose numbers depend on the key alone. key: numbers and strings."""
     return random.Random(" ".join(map(str, key)))
 
 
 def permutation(count, *key):
-    """A random order of range(count) that depends on the key alone."""
+    """A random order of range(count), int64 (count,), that depends on count and the key alone."""
     generator = torch.Generator().manual_seed(rng_of(*key).getrandbits(63))
     return torch.randperm(count, generator=generator)
 
 
 def digest(*parts):
-    """SHA-256 of some bytes, or arrays."""
+    """The SHA-256, in hexadecimal, of bytes or contiguous arrays, one after the other."""
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @dataclass(eq=False)
 class Pictures:
-    """Pictures in memory, uint8 (n, 3, H, W), and their labels, (n,). coarse: of super-classes, if
-    there are any."""
+    """Pictures in memory, uint8 (n, 3, H, W), and their labels, int64 (n,), from 0. coarse: the
+    labels of super-classes, int64 (n,), or None."""
     pictures: torch.Tensor
     targets: torch.Tensor
     coarse: torch.Tensor = None
@@ -1108,7 +1150,8 @@ class Folder:
         return len(self.files)
 
     def read(self, index):
-        """(3, H, W) uint8, upright. UserError: it is no picture."""
+        """Returns the picture at an index, uint8 (3, H, W), turned upright. UserError: the file is
+        no picture."""
         path = f"{self.root}/{os.fsdecode(self.files[index])}"
         try:
             require(os.path.isfile(path), "no regular file")
@@ -1128,7 +1171,7 @@ def files_below(folder, skip, seen):
     its folders.
 
     The folders in `skip` and folders of runs, which hold config.json and lock, are left out. So is
-    a link to a folder that was visited before, since it may lead upwards, and the walk would never
+    a link to a folder that was visited before, since it may lead upward, and the walk would never
     end. skip, seen: sets of real paths.
     """
     entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
@@ -1149,7 +1192,7 @@ def files_below(folder, skip, seen):
 def decode(path):
     """Returns uint8 (3, H, W). JPEG is decoded by torchvision, which is twice as fast. All else is
     decoded by Pillow, since torchvision's PNG decoder crashes the process on a damaged file.
-    ValueError: numbers of no known range."""
+    ValueError: the range of the pixel values is not known."""
     picture = Image.open(path)                              # refuses what would fill the memory
     kind, mode = picture.format, picture.mode
     if kind in ("JPEG", "MPO"):
@@ -1158,7 +1201,8 @@ def decode(path):
 
     with suppress(Exception):                    # metadata may be broken
         picture = ImageOps.exif_transpose(picture)
-    # Pillow would clip at 255 what has more than 8 bits. Only of 16 bits is the full range known.
+    # Pillow would clip at 255 what has more than 8 bits. The full range is known for 16 bits only,
+    # and for a PGM file, whose values Pillow scales to 16 bits, though it calls their mode "I".
     if "I;16" in mode or (kind == "PPM" and mode == "I"):
         gray = numpy.asarray(picture) // 257
         picture = Image.fromarray(numpy.uint8(gray))
@@ -1167,8 +1211,8 @@ def decode(path):
 
 
 def draw_shapes(count, seed):
-    """32x32 pictures of a polygon, star, flower or frame (the coarse label, of 4) with 3, 4 or 6
-    corners (with it the fine label, of 12)."""
+    """Returns Pictures of 32x32 pixels. Each shows a polygon, star, flower or frame, which is its
+    coarse label (0 to 3), with 3, 4 or 6 corners, which gives its fine label (0 to 11)."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, channels=1, side=1):
@@ -1209,8 +1253,8 @@ def draw_shapes(count, seed):
 
 
 def load_cifar(cfg):
-    """Yields the train and the test split of CIFAR-10 or -100 from cfg.root, to which it is
-    downloaded if it is not there."""
+    """Yields the Pictures of the train and the test split of CIFAR-10 or -100. Their files are in
+    cfg.root or "data", to which they are downloaded if they are missing. UserError: this fails."""
     kind = getattr(torchvision.datasets, cfg.data.upper())
     root = cfg.root or "data"
     os.makedirs(root, exist_ok=True)
@@ -1229,6 +1273,8 @@ def load_cifar(cfg):
         *b"eboiaghhsddojshldjhlglfkhgnpdpalbkmoqjlfftiipnorsk"
         b"qerecaresrkdcmmqmbjtckabqmjnpnqtcegtffitsbcpgarion"]) - ord("a")
     for split in splits:
+        # split.data, (n, 32, 32, 3), is a transposed view of (n, 3, 32, 32). Here it is transposed
+        # back, so that the tensor is contiguous, as `digest` needs it.
         pictures = torch.tensor(split.data.transpose(0, 3, 1, 2))
         targets = torch.tensor(split.targets)
         coarse = superclass[targets] if cfg.data == "cifar100" else None
@@ -1236,7 +1282,9 @@ def load_cifar(cfg):
 
 
 def load_folder(cfg):
-    """ROOT/{train,val}/<class>/**. With --data folder val/ may be missing, or labels altogether."""
+    """Returns the Folders ROOT/train and ROOT/val, which must have the same class folders. With
+    --data folder, val/ may be missing, and is then None. If train/ is missing, too, all files below
+    ROOT are train pictures without labels. UserError: the class folders differ."""
     skip = {os.path.realpath(each) for each in ("runs", cfg.out or "runs")}
     if cfg.data == "folder" and not os.path.isdir(f"{cfg.root}/train"):
         return Folder(cfg.root, skip, labeled=False), None
@@ -1267,7 +1315,7 @@ class Batch(NamedTuple):
     circle. gray: 0 or 1. blur: a sigma in pixels, 0 for none. solarize: 0 or 1.
     """
     crops: torch.Tensor                                     # uint8 (views B, 3, S, S)
-    changes: torch.Tensor                                   # (views B, 8)
+    changes: torch.Tensor                                   # float32 (views B, 8)
     pictures: torch.Tensor                                  # (B,), the indices that were read
 
 
@@ -1303,7 +1351,8 @@ class Views:
         raise UserError("no file of the data can be read: give another --root")
 
     def draw(self, picture, key, view):
-        """One view: its crop (3, S, S), and the eight numbers of its changes."""
+        """One view of a picture, uint8 (3, H, W). Returns its crop, uint8 (3, S, S), and the eight
+        numbers of its changes (see Batch). view: 0 or 1."""
         cfg = self.cfg
         rng = rng_of(cfg.seed, *key, view)
         if self.views > 0:
@@ -1327,8 +1376,9 @@ class Views:
 
 
 def random_box(rng, height, width, smallest):
-    """Inception's crop: top, left, height and width of a box in the picture, with a share of its
-    area from `smallest` to 1, and a ratio of 3/4 to 4/3."""
+    """The random crop of Inception (Szegedy et al. 2015). Returns the top, left, height and width
+    of a box in the picture, in pixels. Its share of the area is from `smallest` to 1, and its
+    width / height from 3/4 to 4/3."""
     for _ in range(10):
         area = height * width * rng.uniform(smallest, 1)
         ratio = (4 / 3) ** rng.uniform(-1, 1)
@@ -1344,24 +1394,29 @@ def random_box(rng, height, width, smallest):
 
 
 def shift_hue(x, shift):
-    """x: (B, 3, H, W) in [0, 1]. shift: (B, 1, 1, 1), in turns of the color circle."""
+    """Turns the hue of RGB pictures, and keeps their value and saturation (of HSV). x and the
+    result: (B, 3, H, W) in [0, 1]. shift: (B, 1, 1, 1), in turns of the color circle."""
     high, largest = x.max(1, keepdim=True)
     chroma = high - x.amin(1, keepdim=True)
 
-    # The hue in sixths of the circle, from the largest color towards the larger of the others: red
-    # lies at 0, green at 2 and blue at 4. Gray has none.
+    # The hue in sixths of the circle: red lies at 0, green at 2 and blue at 4. The hue is the place
+    # of the largest channel plus a lean, from -1 to 1, toward the larger of the two others. Gray
+    # gets a lean of 0.
     lean = x.roll(2, 1) - x.roll(1, 1)                      # green - blue, blue - red, red - green
     hue = 2 * largest + lean.gather(1, largest) / chroma.clamp_min(1e-30)
     hue = hue + 6 * shift                                   # (B, 1, H, W)
 
-    # And back: how far a color lies below the largest, by its distance to the hue on the circle.
+    # And back: each channel lies below the largest by a share of the chroma. The share is 0 where
+    # the channel's place is at most 1 away from the hue, 1 where it is 2 or more away, and linear
+    # between.
     distance = torch.cat([hue + 3, hue + 1, hue - 1], 1) % 6 - 3
     below = (distance.abs() - 1).clamp(0, 1)                # (B, 3, H, W)
     return high - chroma * below
 
 
 def gaussian_blur(x, sigma):
-    """x: (B, 3, H, W). sigma: (B, 1, 1, 1), in pixels, at most 2; 0 for none."""
+    """Blurs each picture by its own sigma. x and the result: (B, 3, H, W), with H and W above 6.
+    sigma: (B, 1, 1, 1), in pixels, from 0 (no blur) to 2."""
     distance = torch.arange(-6, 7, device=x.device) / sigma.clamp_min(1e-4)
     weight = (-distance.square() / 2).softmax(-1)           # (B, 1, 1, 13)
 
@@ -1376,7 +1431,7 @@ def gaussian_blur(x, sigma):
 def augment(batch, cfg, color=True):
     """A Batch -> normalized float views (views B, 3, S, S) on the device, all changed at once.
 
-    color: without it, of the changes there is only the flip.
+    color: if False, of all changes only the flip is made.
     """
     x = batch.crops.to(cfg.device, non_blocking=True)
     changes = batch.changes.to(cfg.device, non_blocking=True)
@@ -1395,7 +1450,8 @@ def augment(batch, cfg, color=True):
             x = gaussian_blur(x, sigma)
         x = (1 - x).where(solarize * x >= 0.5, x)           # inverts what is 0.5 or brighter
 
-    # Channel by channel, as a tensor of these numbers would be a copy that waits for the device.
+    # Each channel is normalized with plain numbers. A tensor of them would have to be copied to the
+    # GPU, and the CPU would wait for that.
     mean_std = MEAN_STD.get(cfg.data, MEAN_STD["imagenet"])
     for channel, mean, std in zip(x.unbind(1), *mean_std):
         channel.sub_(mean).div_(std)
@@ -1423,14 +1479,15 @@ def batches(indices, size, *key, epochs, start=0, group=1, whole=False):
 
 
 def start_server():
-    """Starts the process that forks all loader processes. It has no threads, while a fork beside
-    the threads of gloo or autograd may never return. It imports the libraries while the run
-    prepares."""
+    """Starts the process that forks all loader processes. It has no threads. A fork of this one,
+    which has those of gloo and autograd, could deadlock. It imports the libraries while the run
+    prepares itself."""
     tempfile.tempdir = "/tmp"                               # the path of a socket must be short
-    # This has to be there first, as its start unblocks signals.
+    # The resource tracker must run before signals are blocked, as its start in Python 3.11 unblocks
+    # SIGTERM and SIGINT.
     resource_tracker.ensure_running()
-    # The loaders inherit that signals are blocked: they must not end before the run has ended a
-    # step.
+    # The server and the loaders inherit blocked signals. They must go on until the run, which gets
+    # the same signals, has ended its step.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     forkserver.set_forkserver_preload(["torch", "torchvision"])
     forkserver.ensure_running()
@@ -1438,13 +1495,15 @@ def start_server():
 
 
 def let_go(_):
-    """In a loader process: closes its end of a pipe that would keep the server alive. So if the run
-    is killed, the server ends, and PyTorch ends loaders that have lost their parent."""
+    """In a loader process. The server lives as long as any process holds the writing end of a pipe.
+    Each loader inherits that end, and closes it here, so that the run alone holds it. If the run is
+    killed, the server ends. It is the loaders' parent, and PyTorch ends a loader without one."""
     os.close(forkserver._forkserver._forkserver_alive_fd)
 
 
 def loader(views, lists):
-    """The batches of the lists, made by loader processes, or by this one if there are none."""
+    """A DataLoader that makes a Batch of each of the lists of keys, in cfg.workers processes, or in
+    this one if there are 0. views: a Views. lists: an iterable, as from `batches`."""
     cfg = views.cfg
     return torch.utils.data.DataLoader(
         views, batch_size=None, sampler=lists, num_workers=cfg.workers,
@@ -1458,8 +1517,10 @@ class LARS(torch.optim.SGD):
     """SGD that gives each layer its own rate (You et al. 2017): lr f, or with `clip` min(lr, f),
     where f = eta |w| / (|g| + decay |w|).
 
-    params: parameters, or pairs of name and parameter. Biases, norms and what is not named a weight
-    (a ViT's class token, a layer scale) have the rate lr, and no decay.
+    |w|, |g|: the norms of a weight tensor and of its gradient. decay: weight_decay, an L2 penalty.
+    eta: a factor without a unit. params: parameters, or pairs of name and parameter. Biases, norms
+    and what is not named a weight (a ViT's class token, a layer scale) have the rate lr, and no
+    decay. A weight with |w| or |g| of 0 also has the rate lr.
     """
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.02, clip=True):
         super().__init__(params, lr, momentum, foreach=True)
@@ -1469,7 +1530,7 @@ class LARS(torch.optim.SGD):
 
     @torch.no_grad
     def step(self):
-        """Scales the gradients of the weights, all at once. The rest is SGD's own step."""
+        """Decays and scales the gradients of the weights, in place. The rest is SGD's own step."""
         for group in self.param_groups:
             names = group.get("param_names", ["weight"] * len(group["params"]))
             weights = [
@@ -1483,15 +1544,15 @@ class LARS(torch.optim.SGD):
             factor = self.eta * norm / (grad_norm + self.decay * norm + 1e-8)
             if self.clip:
                 factor = (factor / group["lr"]).clamp(max=1)
-            factor = factor.where(norm * grad_norm > 0, 1)      # where one is 0
+            factor = factor.where(norm * grad_norm > 0, 1)      # 1 where a norm is 0
             torch._foreach_add_(grads, weights, alpha=self.decay)
             torch._foreach_mul_(grads, factor.unbind())
         super().step()
 
 
 def learning_rate(step, total, warmup, peak):
-    """The rate of a step, counted from 0: linear to `peak` over `warmup` steps, then half a cosine
-    to 0."""
+    """Returns the rate of a step, from 0 to total - 1. It rises to `peak` in a line over `warmup`
+    steps, and then falls to 0 along half a cosine."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * half_cosine((step - warmup) / (total - warmup))
@@ -1500,11 +1561,13 @@ def learning_rate(step, total, warmup, peak):
 # === Training =====================================================================================
 # From here on, text is printed and files are written, most of them by rank 0 alone.
 
+# At one of these signals, a run ends its step, saves a checkpoint and exits with status 75.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Quiet:
-    """A terminal's stream, which may be closed, full or None: what it does not take is dropped."""
+    """A terminal's stream, which may be closed, full or None. What it does not take is dropped, so
+    that a run does not end with its terminal."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -1524,7 +1587,7 @@ class Quiet:
 
 
 class Interrupted(UserError):
-    """A signal has come, and what is needed to go on is written."""
+    """A signal has come. The same command goes on from the last checkpoint."""
     status = 75
 
     def __str__(self):
@@ -1532,19 +1595,19 @@ class Interrupted(UserError):
 
 
 def one_line(text):
-    """The text without anything that would not stay on one line of a terminal."""
+    """The text, with escapes for what a terminal would not print on one line."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text).strip())
 
 
 def announce(text):
-    """A line for the terminal, from one of the ranks."""
+    """Rank 0 prints a line on stderr, without breaking the progress bar."""
     if RANK == 0:
         tqdm.write(one_line(text), file=sys.stderr)
 
 
 def write(path, fill):
-    """Rank 0 writes a file by fill(open file), and all wait for it. A reader finds the old file or
-    the new one, whole."""
+    """Rank 0 writes a file by fill(binary file), and all ranks wait for it. A reader finds the old
+    file or the new one, and never a part. UserError or OSError: it cannot be written."""
     def write_aside():
         aside = Path(f"{path}.tmp")
         aside.unlink(missing_ok=True)                       # a link of that name is not followed
@@ -1561,23 +1624,26 @@ def write(path, fill):
 
 
 def read(path, reader, remedy):
-    """What reader(open file) returns. UserError: the file is malformed, with its remedy."""
+    """Returns reader(binary file). UserError: the file is malformed; its text ends with `remedy`,
+    which says what the user can do."""
     with open(path, "rb") as file:
         try:
             return reader(file)
         except Exception as error:
-            # Memory that is too small is not the fault of the file.
+            # If there is too little memory, the file is not to blame.
             if isinstance(error, (UserError, MemoryError)) or "memory" in str(error):
                 raise
             raise UserError(f"{path}: cannot be read ({error!r}); {remedy}") from error
 
 
 def read_tensors(file):
+    """What torch.save has written to a file, on the CPU."""
     return torch.load(file, map_location="cpu", weights_only=True)      # runs no code in the file
 
 
 def resume(path, experiment, **parts):
-    """Restores the parts, each of which has a state, from a checkpoint, if there is one.
+    """Restores the parts (a model, an optimizer) from a checkpoint, if there is one. experiment: a
+    dict of what the checkpoint belongs to.
 
     Returns the number of steps that are done, and save(step), which writes the next checkpoint.
     UserError: the checkpoint is of another experiment, or damaged.
@@ -1601,7 +1667,7 @@ def resume(path, experiment, **parts):
     return step, save
 
 
-# The log is the least important file: what is wrong with it never stops a run.
+# The log is the least important file. Nothing that is wrong with it stops a run.
 
 def read_log(path, last=math.inf):
     """The events of metrics.jsonl up to a step. A line that is damaged is left out."""
@@ -1616,6 +1682,7 @@ def read_log(path, last=math.inf):
 
 
 def in_words(figures):
+    """The numbers of a dict, as text of one line with three digits for each."""
     return ", ".join(
         f"{name} {value:.3g}" for name, value in figures.items()
         if isinstance(value, int | float))
@@ -1628,7 +1695,7 @@ def add_to_log(path, *events, mode="a"):
     try:
         with open(path, mode) as file:
             for event in events:
-                print(json.dumps(event).replace("NaN", "null"), file=file)
+                print(re.sub("NaN|-?Infinity", "null", json.dumps(event)), file=file)
     except OSError as error:
         announce(f"warning: the log has a gap: {error}")
 
@@ -1661,13 +1728,14 @@ def signals_counted(restore):
 
 
 def build_model(cfg):
-    """The wrapped method, on the CPU. Its weights are a function of the seed."""
+    """Returns the HEX module of a Config, on the CPU. Its weights depend on the Config alone."""
     torch.manual_seed(cfg.seed)
     backbone, width = build_backbone(cfg.backbone, cfg.size, cfg.norm)
     norm = group_norm if cfg.norm == "group" else nn.BatchNorm1d
     kind = METHODS[cfg.method]
     settings = {name: getattr(cfg, name) for name in kind.settings}
     method = kind(backbone, width, norm=norm, **settings)
+    # The oracle is not here, since it needs the labels of each batch: `pretrain` sets it.
     thresholds = dict(
         adaptive=AdaptiveThreshold(cfg.quantile),
         step=StepThreshold(0.9, cfg.drop, cfg.drop_every),
@@ -1679,16 +1747,19 @@ def build_model(cfg):
 
 
 def autocast(cfg):
+    """The context of mixed precision, by --amp."""
     dtype = torch.bfloat16 if cfg.amp == "bf16" else torch.float16
     return torch.autocast(cfg.device, dtype, enabled=cfg.amp != "off")
 
 
 def pretrain(model, cfg, train, val, out, experiment, signals):
     """Trains the model, or goes on from its checkpoint. Leaves checkpoint.pt, metrics.jsonl and two
-    pictures in `out`. Interrupted: a signal has come. UserError: the loss is not finite."""
-    # A step is the mean of `accumulate` losses. If the ranks divide their number, each computes
-    # whole losses by itself. Else they share every loss: each has a part of its images, and all
-    # embeddings are gathered.
+    pictures in `out`. model: from build_model. train, val: from load_data. out: a Path. experiment:
+    a dict, for `resume`. signals: from signals_counted. Interrupted: a signal has come. UserError:
+    the loss is not finite."""
+    # The loss of a step is the mean of `accumulate` losses. If the number of ranks divides
+    # `accumulate`, each rank computes whole losses by itself. Otherwise the ranks share every loss:
+    # each rank embeds a part of its images, and all ranks gather all embeddings.
     whole = cfg.accumulate % RANKS == 0
     losses = cfg.accumulate // RANKS if whole else cfg.accumulate       # of this rank in a step
     images = cfg.batch_size * cfg.accumulate                            # of all ranks in a step
@@ -1696,6 +1767,9 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
     total = cfg.epochs * per_epoch
 
     model.to(cfg.device, memory_format=torch.channels_last)
+    # Where ranks share a loss, all of its images should be one BatchNorm batch. SyncBatchNorm does
+    # that, but only on GPUs. On CPUs each rank normalizes its own part, so that the result depends
+    # on the number of ranks (--norm group avoids this).
     if cfg.device == "cuda" and not whole:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     views_of = augment
@@ -1733,7 +1807,8 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
     logged, since, waited = start, now(), 0.0
     with tqdm(total=total, initial=start, disable=RANK > 0, unit="step") as bar:
         while True:
-            # Before the first step and after each epoch: what has emerged?
+            # Before the first step and after each epoch, measure what has emerged. The epoch that a
+            # run resumes from was measured before.
             epoch = step // per_epoch
             ends_epoch = step % per_epoch == 0
             if ends_epoch and (step == 0 or step > start):
@@ -1800,22 +1875,25 @@ def pretrain(model, cfg, train, val, out, experiment, signals):
             *means, norm, stop = means.tolist()
             means = dict(zip(["loss", *stats], means))
 
-            # A gradient that overflows in fp16 is left out, and the scaler then scales less.
+            # If the gradient overflows in fp16, the weights stay as they are, and the scaler lowers
+            # its scale. In all other cases, what is not finite ends the run.
             fits = math.isfinite(norm)
             may_go_on = fits or cfg.amp == "fp16" and scaler.get_scale() > 1e-9
             if not (may_go_on and math.isfinite(means["loss"])):
                 raise UserError(
-                    f"step {step + 1}: the loss or its gradient is not finite; checkpoint.pt is "
-                    "intact: lower --lr and give another --out")
+                    f"step {step + 1}: the loss or its gradient is not finite, and nothing of this "
+                    "step is saved: lower --lr and give another --out")
             step += 1
             if fits:
                 optimizer.step()
-                if whole and cfg.method == "nnclr":         # its queue takes those of all ranks
+                if whole and cfg.method == "nnclr":         # the queue is the same on all ranks
                     outputs = [[gather(e) for e in output] for output in outputs]
                 model.method.after_step(step / total, outputs)
             scaler.update()
-            # Each rank has BatchNorm's running statistics of its own batches. All go on with the
-            # mean, so that any of them can be saved and evaluated.
+            # Each rank has updated BatchNorm's running statistics with its own batches. All go on
+            # with the mean, so that any of them can be saved and evaluated. A step counts as
+            # accumulate / RANKS updates, so that more ranks make the statistics move more slowly.
+            # Only eval mode reads them, and the weights do not depend on them.
             add_over_ranks(statistics, RANKS)
 
             if step % cfg.log_every == 0 or step == total:
@@ -1839,7 +1917,8 @@ def embed(backbone, cfg, batch):
 
 
 def center_batches(pictures, indices, cfg):
-    """Batches of the center crops of this rank's share of some pictures."""
+    """A loader of Batches of the center crops of this rank's share of some pictures. indices: (n,),
+    into `pictures`."""
     # All shares must have the same length. The last ones are filled up with the first pictures.
     share = indices.repeat(RANKS).split(math.ceil(len(indices) / RANKS))[RANK]
     lists = [[(0, index) for index in part.tolist()] for part in share.split(256)]
@@ -1855,8 +1934,10 @@ def fixed_centers(pictures, cfg, count):
 
 def features(backbone, cfg, pictures, indices, centers=None, signals=()):
     """The features (n, width) and labels (n,) of the pictures at some indices. Each rank computes a
-    share. Pictures that cannot be read are left out. centers: their center_batches. UserError: none
-    can be read, or a feature is not finite."""
+    share, and all get all, on the device. The backbone must be in eval mode. Pictures that cannot
+    be read are left out. Without targets, the labels are the indices. centers: the center_batches,
+    if there are some. Interrupted: a signal has come. UserError: none can be read, or a feature is
+    not finite."""
     rows, read_indices = [], []
     for batch in centers or center_batches(pictures, indices, cfg):
         if signals:
@@ -1870,13 +1951,15 @@ def features(backbone, cfg, pictures, indices, centers=None, signals=()):
     good = found.cpu() == indices
     if not good.any():
         raise UserError(f"none of {len(good)} pictures of --root {cfg.root} can be read: mend them")
+    # Data without labels get the indices in their place, which nothing reads.
     labels = indices if pictures.targets is None else pictures.targets[indices]
     return x[good], labels[good].to(cfg.device)
 
 
 def nearest_neighbors(bank, labels, queries, truth):
-    """k-NN with k = 20 and votes weighted by e^{s/0.07} (Wu et al. 2018). bank: (m, width), with
-    labels (m,). queries: (n, width), with truth (n,). Returns which are right, (n,)."""
+    """k-NN with k = 20 and votes weighted by e^{s/0.07}, where s is a cosine (Wu et al. 2018).
+    bank: (m, width), with labels (m,). queries: (n, width), with truth (n,). Returns (n,), bool:
+    which queries are classified right."""
     bank = F.normalize(bank)
     guesses = []
     for rows in F.normalize(queries).split(256):
@@ -1888,6 +1971,7 @@ def nearest_neighbors(bank, labels, queries, truth):
 
 
 def percent(right):
+    """The share of true entries in a bool tensor, in percent."""
     return 100 * right.double().mean().item()
 
 
@@ -1917,12 +2001,18 @@ def find_neighbors(model, cfg, train):
 
 
 def emergence(model, cfg, train, val):
-    """What has emerged, in figures: a dict of floats."""
+    """Measures what has emerged. Returns a dict of floats, the figures of an epoch.
+
+    threshold, local: eps and the mean |H| of find_neighbors. std: the spread of the embeddings,
+    from 0, if all are the same, to about 1. purity, chance: see below. rankme: from 1 to the
+    width of the features. knn: the accuracy on 512 pictures of val, in percent.
+    """
     z, picture, eps, H = find_neighbors(model, cfg, train)
     std = z.std(0).mean() * math.sqrt(z.shape[1])           # 1 for points all over the sphere
     found = dict(threshold=eps, local=H.sum() / len(H), std=std)
 
-    # Purity is the share of the pairs of H that have the same label; chance is that of all pairs.
+    # Purity is the share of the pairs in H whose labels are the same. Chance is this share of all
+    # pairs of different pictures. "_coarse" is of super-classes.
     different = picture[:, None] != picture
     for name, labels in (("", train.targets), ("_coarse", train.coarse)):
         if labels is not None:
@@ -1931,7 +2021,8 @@ def emergence(model, cfg, train, val):
             found[f"purity{name}"] = same[H].mean()
             found[f"chance{name}"] = same[different].mean()
 
-    # RankMe (Garrido et al. 2023): e to the entropy of the features' singular values.
+    # RankMe (Garrido et al. 2023) is e to the power of the entropy of the singular values of the
+    # features, divided by their sum. It is about the number of dimensions in use.
     backbone = model.method.backbone
     x, y = features(backbone, cfg, *fixed_centers(train, cfg, 2048))
     values = torch.linalg.svdvals(x)
@@ -1944,7 +2035,7 @@ def emergence(model, cfg, train, val):
 
 
 def draw_neighbors(model, cfg, train, path):
-    """A picture of eight rows: an anchor, then those of its H, nearest first."""
+    """Writes a PNG of eight rows: an anchor, then up to 7 pictures of its H, nearest first."""
     z, picture, _, H = find_neighbors(model, cfg, train)
     s = (z @ z.T).masked_fill(~H, -2).fill_diagonal_(2)     # so that the anchor comes first
     tiles = torch.ones(8, 8, 3, cfg.size, cfg.size)         # white
@@ -1958,15 +2049,17 @@ def draw_neighbors(model, cfg, train, path):
 
 
 def place_in_class(labels):
-    """For each entry: how many of its class stand before it."""
+    """For each of the labels (n,), how many equal ones stand before it. Returns int64 (n,)."""
     counts = labels.bincount()
-    before = counts.cumsum(0) - counts                      # how many are of the classes before
+    before = counts.cumsum(0) - counts                      # how many labels are lower
     # argsort twice: the place of each entry, if they are sorted by class.
     return labels.argsort(stable=True).argsort() - before[labels]
 
 
 def labeled_pictures(cfg, targets):
-    """The pictures whose labels the probe may see: a share that is balanced over the classes."""
+    """Returns the sorted indices of the pictures whose labels the probe may see: a share of all
+    that is balanced over the classes, and the same for every --seed. CommandError: it is less than
+    one picture for each class."""
     classes = len(targets.bincount())
     total = round(cfg.label_fraction * len(targets))
     if total < classes:
@@ -1974,7 +2067,8 @@ def labeled_pictures(cfg, targets):
             f"--label-fraction {cfg.label_fraction}: fewer labels than classes; "
             f"give {classes / len(targets) + 5e-5:.4f} or more")
 
-    # They are taken in turn, one of each class that has more.
+    # Take the shuffled pictures in rounds. Each round takes one picture of each class that has one
+    # left, and the classes have a random order. `turn` numbers the pictures in this way.
     order = permutation(len(targets), "labels")
     labels = targets[order]
     turn = place_in_class(labels) * classes + permutation(classes, "labels")[labels]
@@ -1982,7 +2076,8 @@ def labeled_pictures(cfg, targets):
 
 
 def split_labels(cfg, targets):
-    """The pictures that heads are trained on, and a tenth of each class to choose a head by."""
+    """Splits labeled_pictures. Returns the indices of those that heads are trained on, and of those
+    that a head is chosen by: a tenth of each class, at least one, but none of a class of one."""
     labeled = labeled_pictures(cfg, targets)
     labeled = labeled[permutation(len(labeled), cfg.seed, "holdout")]
     labels = targets[labeled]
@@ -2021,6 +2116,7 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
 
     is_live = cfg.data == "imagenet"
     rows = fit if is_live else torch.arange(len(x_fit))
+    # A batch has 256 rows, or all if they are fewer, rounded down to a multiple of RANKS.
     size = max(1, min(256, len(rows)) // RANKS) * RANKS
     per_epoch = len(rows) // size
     stream = batches(rows, size, cfg.seed, "probe", epochs=cfg.probe_epochs, start=step)
@@ -2037,6 +2133,7 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
             index = [row for _, row in batch]
             x, y = x_fit[index], y_fit[index]
 
+        # How often the rate has fallen. It does not fall in the first epoch, even if there is one.
         epoch = step // per_epoch
         falls = sum(epoch >= max(1, cfg.probe_epochs * tenths // 10) for tenths in (6, 8))
         for group, rate in zip(optimizer.param_groups, RATES):
@@ -2048,7 +2145,7 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
         add_over_ranks([*(p.grad for p in heads.parameters()), stop], RANKS)
         optimizer.step()
 
-        # Stored features are trained on in seconds: only a live probe is saved at each epoch.
+        # To train on stored features takes seconds. Only a live probe is saved after each epoch.
         step += 1
         if stop or is_live and step % per_epoch == 0:
             save(step)
@@ -2061,9 +2158,6 @@ def linear_probe(backbone, cfg, train, val, checkpoint, asked, signals):
     right = heads[best](x_val).topk(min(5, classes)).indices == y_val[:, None]
     top1 = right[:, 0]
     knn = nearest_neighbors(x_fit, y_fit, x_val, y_val)
-
-    # The probe is done. Its checkpoint would stand in the way of another one.
-    checkpoint.unlink(missing_ok=True)
     return dict(
         top1=percent(top1), top5=percent(right.any(1)), knn=percent(knn), rate=float(RATES[best]),
         holdout=dict(zip(RATES, holdout)), train=len(rows), held_out=len(hold), val=len(y_val),
@@ -2104,8 +2198,9 @@ def load_backbone(path, cfg, remedy):
 
 
 def take_folder(out, experiment, stack):
-    """Rank 0 makes the run's folder, or finds one of the same experiment. Returns whether it is
-    new. It is locked until the stack is closed, or the process dies."""
+    """Makes the run's folder, or finds one of the same experiment. Returns whether it is new. It is
+    locked until the stack, an ExitStack, is closed, or the process dies. Rank 0 alone calls it.
+    UserError: it holds another experiment, is in use, or cannot be written."""
     config = out / "config.json"
     is_new = not config.exists()
     if not is_new:
@@ -2133,8 +2228,8 @@ def take_folder(out, experiment, stack):
 
 
 def run(cfg, argv, signals):
-    """From pictures to results, in a folder. What is there already is not done again."""
-    # What is wrong with the command shows before the folder is made.
+    """Trains, evaluates and prints the results. What is in the folder already is not done again."""
+    # Errors in the command should be found before the folder is made.
     if cfg.probe:
         fitting = f"give a file of --backbone {cfg.backbone} at --size {cfg.size}"
         backbone = load_backbone(cfg.probe, cfg, fitting)
@@ -2180,6 +2275,7 @@ def run(cfg, argv, signals):
                 backbone = load_backbone(final, cfg, "delete it")
             else:
                 pretrain(model, cfg, train, val, out, experiment, signals)
+                # The file is to have plain CPU tensors, which can be loaded anywhere.
                 backbone = model.method.backbone.to("cpu", memory_format=torch.contiguous_format)
                 write(final, lambda file: torch.save(backbone.state_dict(), file))
 
@@ -2199,11 +2295,13 @@ def run(cfg, argv, signals):
                     backbone, cfg, train, val, out / "probe.pt", asked, signals)
                 text = json.dumps(found | dict(asked=asked), indent=1)
                 write(path, lambda file: file.write(text.encode()))
+                # The probe's checkpoint would stand in the way of another probe.
+                (out / "probe.pt").unlink(missing_ok=True)
             result = (
                 "top-1 {top1:.2f} %, top-5 {top5:.2f} %, k-NN {knn:.2f} % of {val} pictures"
             ).format(**found)
 
-        # Two lines: the result, and what has emerged from the first epoch to the last.
+        # The result, the figures from before the first step, and those from after the last epoch.
         if RANK == 0:
             print(f"{one_line(out)}: {result}")
             epochs = [
@@ -2217,10 +2315,10 @@ def set_up(cfg):
     joins the process group that torchrun has prepared. Returns whether it has joined one."""
     if cfg.workers > 0:
         start_server()
-    torch.backends.cudnn.benchmark = not cfg.deterministic  # the sizes of a run are fixed
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # it pays, as all batches have one shape
     torch.use_deterministic_algorithms(cfg.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    if cfg.deterministic:                                   # NVLink SHARP's sums do not repeat
+    if cfg.deterministic:                                   # NVLink SHARP adds in varying order
         os.environ |= dict(CUBLAS_WORKSPACE_CONFIG=":4096:8", NCCL_NVLS_ENABLE="0")
 
     if RANKS == 1 or dist.is_initialized():
@@ -2230,7 +2328,7 @@ def set_up(cfg):
         if cfg.device == "cuda":
             backend, device = "nccl", environment("LOCAL_RANK", 0)
             torch.cuda.set_device(device)
-        # They wait for each other for up to 6 hours, since a download may be slow.
+        # Ranks wait up to 6 hours for each other, since a download may be slow.
         dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=device)
     except Exception as error:
         raise UserError(f"the ranks cannot meet ({error}); start them by torchrun") from error
@@ -2246,8 +2344,11 @@ KNOWN = (
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0, 1 for what it met, 2 for a wrong command, 75
-    for a run that was interrupted."""
+    """Runs a command. argv: a list of words, or None for those of this process.
+
+    Returns the exit status: 0 for success, 1 for an error, 2 for a wrong command, 75 for a run that
+    was interrupted and can go on.
+    """
     with (
         redirect_stdout(Quiet(sys.stdout)), redirect_stderr(Quiet(sys.stderr)),
         signals_counted(restore=argv is not None) as signals
@@ -2258,16 +2359,19 @@ def main(argv=None):
             has_joined = set_up(cfg)
             run(cfg, argv, signals)
             if has_joined:
-                dist.destroy_process_group()                # after an error it would wait for peers
+                dist.destroy_process_group()                # not after an error: it could hang
             return 0
         except Exception as error:
-            # A signal may have hit a loader or another rank, too.
+            # After a signal, any error counts as an interruption, as the signal may have ended a
+            # loader or another rank.
             cause = Interrupted() if signals else error
-            line = str(cause).rpartition("UserError: ")[2]  # a loader's comes with a traceback
+            line = str(cause).rpartition("UserError: ")[2]  # a loader's begins with a traceback
             if not isinstance(cause, UserError):
                 line = line.split("\n")[0]
                 if not isinstance(cause, (OSError, MemoryError)) and not re.search(KNOWN, line):
                     traceback.print_exc()
+            # All ranks raise a CommandError, and a signal reaches all of them, so that rank 0 alone
+            # prints these. An error of status 1 may be that of one rank, which prints it.
             status = getattr(cause, "status", 1)
             if RANK == 0 or RANKS == 1 or status == 1:
                 print("hex.py: error:", one_line(line), file=sys.stderr)
@@ -2275,4 +2379,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    os._exit(main())                # at once: a signal while Python ends would change the status
+    os._exit(main())                # at once, so that a late signal cannot change the status
