@@ -297,8 +297,9 @@ def released(a, b, temperature=0.1, *, threshold=None, epoch=0):
     # In a row without global negatives, the sum is taken as 1, whose logarithm is 0.
     log_sum = (s / temperature).where(G, -math.inf).logsumexp(1).where(G.any(1), 0)
 
-    constant = (len(s) - 2) * math.e ** (-1 / temperature)
-    return (log_sum - s_p / temperature).mean() + constant, statistics_of(eps, size, size > 0)
+    return (
+        (log_sum - s_p / temperature).mean() + (len(s) - 2) * math.e ** (-1 / temperature),
+        statistics_of(eps, size, size > 0))
 
 
 class Schedule:
@@ -1631,7 +1632,7 @@ def read(path, reader, remedy):
             return reader(file)
         except Exception as error:
             # If there is too little memory, the file is not to blame.
-            if isinstance(error, (UserError, MemoryError)) or "memory" in str(error):
+            if isinstance(error, UserError) or "emory" in repr(error):
                 raise
             raise UserError(f"{path}: cannot be read ({error!r}); {remedy}") from error
 
@@ -2335,11 +2336,11 @@ def set_up(cfg):
     return True
 
 
-# Errors, by a part of their text, that say enough in their first line. "ompiler" is of a missing
-# compiler, and "ancdata" of too many open files. Any other error is a fault of this program, and is
-# shown with its traceback.
+# Errors, by a part of their text, that say enough in their first line. "emory" is of too little
+# memory, EOFError of a loader that has died, "ompiler" of a missing compiler, and "ancdata" of too
+# many open files. Any other error is a fault of this program, and is shown with its traceback.
 KNOWN = (
-    "memory|DataLoader worker|closed by peer|reset by peer|ompiler|open files|ancdata|"
+    "emory|EOFError|DataLoader worker|closed by peer|reset by peer|ompiler|open files|ancdata|"
     "deterministic implementation")
 
 
@@ -2365,10 +2366,11 @@ def main(argv=None):
             # After a signal, any error counts as an interruption, as the signal may have ended a
             # loader or another rank.
             cause = Interrupted() if signals else error
-            line = str(cause).rpartition("UserError: ")[2]  # a loader's begins with a traceback
+            # A loader's error begins with a traceback. That of a loader that died may have no text.
+            line = (str(cause) or repr(cause)).rpartition("UserError: ")[2]
             if not isinstance(cause, UserError):
                 line = line.split("\n")[0]
-                if not isinstance(cause, (OSError, MemoryError)) and not re.search(KNOWN, line):
+                if not isinstance(cause, OSError) and not re.search(KNOWN, repr(cause)):
                     traceback.print_exc()
             # All ranks raise a CommandError, and a signal reaches all of them, so that rank 0 alone
             # prints these. An error of status 1 may be that of one rank, which prints it.
