@@ -1683,9 +1683,9 @@ def read_log(path, last=math.inf):
 
 
 def in_words(figures):
-    """The numbers of a dict, as text of one line with three digits for each."""
+    """The numbers of a dict, as text of one line: integers whole, others with three digits."""
     return ", ".join(
-        f"{name} {value:.3g}" for name, value in figures.items()
+        f"{name} {value:.{9 if isinstance(value, int) else 3}g}" for name, value in figures.items()
         if isinstance(value, int | float))
 
 
@@ -2245,7 +2245,7 @@ def run(cfg, argv, signals):
     if len(train) < needed:
         raise CommandError(
             f"{len(train)} pictures are less than the {needed} of a step; give --accumulate 1 "
-            f"--batch-size {len(train) // RANKS * RANKS}, or more pictures")
+            f"--batch-size {max(2, len(train) // RANKS * RANKS)}, or more pictures")
 
     # What identifies the experiment, in the form in which config.json will hold it. All ranks must
     # agree on it, and on all else but where the data lie and how many processes read them.
