@@ -1660,19 +1660,6 @@ def test_a_run_with_loader_processes_is_one_without(finished, monkeypatch):
     assert weights(trained(command)) == weights(trained(SHORT, out="alone"))
 
 
-def test_a_signal_to_all_processes_does_not_end_the_loaders():
-    before, masks = {*multiprocessing.active_children()}, []
-
-    def look():
-        worker, = {*multiprocessing.active_children()} - before
-        status = Path(f"/proc/{worker.pid}/status").read_text()
-        masks.append(int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16))
-
-    with at_step(2, look):
-        trained(SMALL, "--workers 1")
-    assert masks[0] >> signal.SIGTERM - 1 & 1               # it is blocked
-
-
 @cases("threshold, eps", [("step", [0.9, 0.8]), ("cosine", [0.9, 0.6])])
 def test_a_scheduled_threshold_by_command(threshold, eps):
     trained(SMALL, "--batch-size 28 --threshold", threshold)
@@ -1852,16 +1839,19 @@ def test_the_terminal_never_stops_a_run(stream, monkeypatch):
     assert os.path.exists("o/probe.json")
 
 
-def test_a_loader_process_that_dies_ends_the_run_in_one_line(refused):
-    before = {*multiprocessing.active_children()}
+def test_a_loader_process_blocks_signals_and_if_it_dies_the_run_ends_in_one_line(refused):
+    before, masks = {*multiprocessing.active_children()}, []
 
     def kill():
         worker, = {*multiprocessing.active_children()} - before
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        masks.append(int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16))
         worker.kill()
         worker.join()                               # only now the loader knows for sure
 
     with at_step(2, kill):
         assert "DataLoader worker" in refused(SMALL, "--workers 1")
+    assert masks[0] >> signal.SIGTERM - 1 & 1                   # it is blocked
 
 
 @cases("broken", [
