@@ -817,7 +817,7 @@ class Config(Experiment):
     device: "cpu cuda" = None  # by default cuda if a GPU is visible
     workers: within(0, 256) = None  # loader processes for each rank
     compile: bool = False  # torch.compile the method, the augmentation and the loss
-    deterministic: bool = False  # a run on a GPU can be repeated bit by bit, but is slower
+    deterministic: bool = False  # a run on a GPU can be repeated bit by bit; cost not known
     checkpoint_every: Positive = None  # steps between checkpoints, besides one after each epoch
     log_every: Positive = 10  # steps between lines of metrics.jsonl
 
@@ -1018,8 +1018,8 @@ def check(cfg, given):
 # All but two of them are torchvision's. Their weights are drawn in build_model, from the seed.
 
 def group_norm(channels, affine=True):
-    """GroupNorm for (B, channels, ...). A group has 16 channels if 16 divides their number, else
-    more."""
+    """GroupNorm for (B, channels, ...). A group has 16 channels if 16 divides their number. If not,
+    there are as many groups as divide it, and with fewer than 16 channels one."""
     groups = math.gcd(channels, channels // 16 or 1)
     return nn.GroupNorm(groups, channels, affine=affine)
 
